@@ -7,7 +7,6 @@ packages.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,8 +62,6 @@ CONTROL = "s_net_kd"
 """Uniform widths with the joint training of SP-Net."""
 RANDOM = "random"
 """The source of widths that is no structure method: random ones."""
-HEADROOM = 1.5
-"""MAdds of a base relative to the target for which it is pruned."""
 LEVELS = 10
 """Largest number of widths of one channel group in a search."""
 MOST_MOVES = 200
@@ -170,7 +167,7 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
     }
 )
 """The ways by name, in the order of the tables."""
-QUICK_ARMS = (ALONE, "s_net", "us_net", BASELINE, "autoslim", RANDOM, "sp_net", "progressive")
+QUICK_ARMS = (ALONE, "s_net", "us_net", BASELINE, "autoslim", RANDOM, "sp_net", "progressive_no_tuning")
 """The ways of a quick look, without those that run no other code."""
 
 
@@ -450,7 +447,7 @@ class Trainer:
             method="uniform" if arm.method == RANDOM else arm.method,
             targets=scale.targets,
             holdout=scale.holdout,
-            **{**widths, **_bases(arm, scale.targets), **arm.structure},
+            **{**widths, **arm.structure},
         )
         problem = StructureProblem(subnets, settings, self.run(arm, seed, epochs), self.image_size)
         if arm.method == RANDOM:
@@ -473,25 +470,6 @@ class Trainer:
             "val": val,
             "top1": test,
         }
-
-
-def _bases(arm: Arm, targets: Sequence[float]) -> dict[str, Any]:
-    """The base networks of an arm by the setting's name; empty for a method without bases."""
-    return {"bases": BasesSettings(widths=base_widths(targets))} if arm.method == MULTI_BASE else {}
-
-
-def base_widths(targets: Sequence[float]) -> tuple[float, ...]:
-    """For every target, in increasing order, the width of its base as a share of all channels.
-
-    MAdds rise with about the square of the width, and those of a base are about `HEADROOM` times
-    the target's, so that pruning has something to remove; the widest target's base has all
-    channels.
-
-    Args:
-        targets: shares of the widest's MAdds, (0, 1].
-    """
-    *smaller, _ = sorted(targets)
-    return (*(min(0.99, round(math.sqrt(HEADROOM * target), 2)) for target in smaller), 1.0)
 
 
 def uniform_set(problem: StructureProblem) -> SubnetSet:

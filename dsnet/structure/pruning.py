@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -77,9 +77,15 @@ class Pruning:
             for group, (width, left) in enumerate(zip(self.widths, self.left, strict=True))
         )
 
-    def nearest(self, target: Target) -> Widths:
+    def nearest(self, target: Target, taken: Collection[Widths] = ()) -> Widths:
         """The widths whose MAdds are nearest to a target; of two that are equally near, the
-        smaller."""
+        smaller.
+
+        Args:
+            target: the target.
+            taken: widths of members for larger targets. In place of one of them come the next
+                smaller ones, if there are any.
+        """
         low, high = 0, len(self.ranking)
         while low < high:  # the fewest channels with at least the target's MAdds, or all
             middle = (low + high) // 2
@@ -88,7 +94,11 @@ class Pruning:
             else:
                 low = middle + 1
         tried = [self.kept(number) for number in (low - 1, low) if number >= 0]
-        return min(tried, key=lambda widths: abs(self.problem.madds(widths) - target.madds))
+        found = min(tried, key=lambda widths: abs(self.problem.madds(widths) - target.madds))
+        while found in taken and low > 0:
+            low -= 1
+            found = self.kept(low)
+        return found
 
 
 def nearest_width(problem: StructureProblem, group: int, width: int, count: int | Fraction) -> int:

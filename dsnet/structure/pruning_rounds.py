@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -80,17 +81,18 @@ class PrunedBase:
         self._network = restrict(network, [0])
         self._score(self._network, batches)
 
-    def member(self, target: Target, problem: StructureProblem) -> tuple[int, Widths]:
+    def member(self, target: Target, problem: StructureProblem, taken: Collection[Widths]) -> tuple[int, Widths]:
         """The last round after which the base is not smaller than a target, 0 for the whole base,
         and the widths to which the scores then prune it for the target.
 
         Args:
             target: the target.
             problem: the problem with the MAdds of the channels in their new order.
+            taken: see `Pruning.nearest`.
         """
         sizes = [self._problem.madds(pruning.left) for pruning in self._prunings]
         last = max((number for number, size in enumerate(sizes) if size >= target.madds), default=0)
-        return last, replace(self._prunings[last], problem=problem).nearest(target)
+        return last, replace(self._prunings[last], problem=problem).nearest(target, taken)
 
     def _score(self, network: Supernet, batches: Batches) -> None:
         """Score the channels that are left."""

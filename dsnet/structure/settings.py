@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
@@ -32,6 +32,8 @@ PROGRESSIVE = "progressive"
 """The method that removes channels by their importance, and fine-tunes on the way."""
 BY_TARGETS = ("uniform", "greedy", MULTI_BASE, PROGRESSIVE)
 """The methods of this package that make one sub-network per target."""
+OWN = frozenset((DECLARED, LIST, *BY_TARGETS))
+"""The methods of this package."""
 
 Order = Literal["none", "random", "weight_l1", "bn_gamma", "taylor", "noise"]
 BY_IMAGES: tuple[Order, ...] = ("taylor", "noise")
@@ -53,9 +55,10 @@ class BasesSettings(Settings):
 
     SECTION = "supernet.structure.bases"
 
-    widths: tuple[PositiveFraction, ...] = (1.0, 0.75, 0.5, 0.25)
+    widths: tuple[PositiveFraction, ...] | None = None
     """Shares of the channels of every group: one for each target, of which the narrowest is for the
-    smallest target; or 1.0 alone, from which all targets are pruned."""
+    smallest target; or 1.0 alone, from which all targets are pruned. None: for every target the
+    narrowest base of hundredths with 1.5 times its MAdds, and all channels for the largest."""
     gamma_l1: NonNegativeFloat = 1e-5
     """Price of the absolute scales of BatchNorm in the loss of these networks; a network without
     BatchNorm has none."""
@@ -66,6 +69,8 @@ class BasesSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.widths is None:
+            return
         if len(set(self.widths)) < len(self.widths):
             raise SettingError(
                 f"supernet.structure.bases.widths is {shown(list(self.widths))}, in which a width stands twice: remove one of them"
@@ -186,30 +191,36 @@ class StructureSettings(Settings):
                 "supernet.structure.method is list, but there are no widths: set supernet.structure.widths to the widths of "
                 "every sub-network, one per channel group"
             )
-        if self.method in (DECLARED, *BY_TARGETS) and self.widths is not None:
+        if self.method in OWN - {LIST} and self.widths is not None:
             yield (
                 f"supernet.structure.widths is set, but method {self.method} does not read it: choose method list, or remove it"
             )
-        yield from self._problems_of_one_method(len(self.targets or self.targets_m))
+        yield from self._pruning_problems(len(self.targets or self.targets_m))
         self._check_widths()
 
-    def _problems_of_one_method(self, num_targets: int) -> Iterator[str]:
-        """Problems of the settings that single methods read."""
+    def _pruning_problems(self, num_targets: int) -> Iterator[str]:
+        """Problems of the settings that `multi_base` reads."""
         if self.score not in SCORES and not is_model_path(self.score):
             yield f"supernet.structure.score is {self.score!r}{way_out(self.score, SCORES)}; or an import path package.module:function"
-        num_bases = len(self.bases.widths)
-        if self.method == MULTI_BASE and num_bases not in (1, num_targets):
+        num_bases = None if self.bases.widths is None else len(self.bases.widths)
+        if self.method == MULTI_BASE and num_bases not in (None, 1, num_targets):
             yield (
                 f"supernet.structure.bases.widths has {num_bases} widths for {plural(num_targets, 'target')}: give as many widths "
                 "as targets, or [1.0] to prune all of them from one network"
             )
-        if self.method in (DECLARED, LIST, *BY_TARGETS):
-            for name, (method, default) in _ADDED.items():
-                if self.method != method and getattr(self, name) != default:
-                    yield (
-                        f"supernet.structure.{name} is set, but method {self.method} does not read it: choose method "
-                        f"{method}, or remove it"
-                    )
+
+    def unread(self, methods: Collection[str]) -> Iterator[tuple[str, str]]:
+        """Settings with another value than their default that none of some methods reads: the name
+        of each, and the method that reads it. Methods of the user may read everything.
+
+        Args:
+            methods: names of the methods with which the settings are used.
+        """
+        if not set(methods) <= OWN:
+            return
+        for name, (reader, default) in _ADDED.items():
+            if reader not in methods and getattr(self, name) != default:
+                yield name, reader
 
     def _check_widths(self) -> None:
         """Check the widths that are given by name; those in a list are checked by their type."""
@@ -238,10 +249,13 @@ def without_unread(structure: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         structure: all settings; lists and tuples are the same.
     """
+    method = structure["method"]
     return {
         name: value
         for name, value in structure.items()
-        if name not in _ADDED or structure["method"] == _ADDED[name][0] or _plain(value) != _plain(_ADDED[name][1])
+        if name not in _ADDED
+        or method == _ADDED[name][0]
+        or (method not in OWN and _plain(value) != _plain(_ADDED[name][1]))
     }
 
 

@@ -37,9 +37,10 @@ PREFIX = f"{StructureSettings.SECTION}."
 class BasesConfig(Section):
     """The networks that method multi_base trains and prunes."""
 
-    widths: Annotated[tuple[PositiveFraction, ...], FROM_LIST] = BasesSettings.widths
+    widths: Annotated[tuple[PositiveFraction, ...], FROM_LIST] | None = BasesSettings.widths
     """Shares of the channels of every group: one per target, the narrowest for the smallest; or
-    [1.0], from which all targets are pruned."""
+    [1.0], from which all targets are pruned; null = such that each base has 1.5 times its target's
+    MAdds, and all channels for the largest target."""
     gamma_l1: NonNegativeFloat = BasesSettings.gamma_l1
     """Price of the absolute scales of BatchNorm in the loss of these networks."""
     rounds: PositiveInt = BasesSettings.rounds

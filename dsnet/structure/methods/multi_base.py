@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from dsnet.network.supernet import Supernet
     from dsnet.structure.pruning_rounds import PrunedBase
     from dsnet.training.supernet_run import SupernetRun
+
+HEADROOM = 1.5
+"""MAdds of a base relative to those of its target, where the settings name no widths, so that
+pruning has something to remove."""
 
 
 @register
@@ -108,7 +112,7 @@ class MultiBase(StructureMethod):
         from dsnet.structure.order import with_ids
         from dsnet.structure.pruning_rounds import PrunedBase
 
-        bases = self.bases(problem)
+        bases, pairs = self.bases(problem), _pairs(problem)
         pruned = {base.name: PrunedBase(problem, base, trained.network(base.name), trained.batches()) for base in bases}
         for number in range(1, problem.settings.bases.rounds):
             yield from _round(problem, number, {base.name: (base.run, pruned[base.name]) for base in bases}, trained)
@@ -117,10 +121,10 @@ class MultiBase(StructureMethod):
         order = pruned[_name(1.0)].order if problem.settings.order == "none" else None
         if order is not None:
             problem = replace(problem, subnets=with_ids(problem.subnets, start.spec, order))
-        for (share, _), target in _pairs(problem):
-            number, found = pruned[_name(share)].member(target, problem)
+        for (share, _), target in reversed(pairs):
+            number, found = pruned[_name(share)].member(target, problem, [member.widths for member in members])
             madds = problem.madds(found)
-            members.append(Subnet(target.name, found))
+            members.insert(0, Subnet(target.name, found))
             notes += missed(problem, target, madds)
             yield Choice(number, found, madds, target.name)
         check_different(problem, members)
@@ -176,17 +180,33 @@ def _ways(problem: StructureProblem) -> dict[str, dict[int, Target]]:
     return ways
 
 
+def _bases_of_targets(problem: StructureProblem) -> list[tuple[float, Widths]]:
+    """For every target, from the smallest on, the share of its base and the base's width of every
+    channel group."""
+    ladder, wanted, targets = Ladder(problem), problem.settings.bases.widths, problem.targets
+    if wanted is None:
+        shares = [*(_roomy_share(problem, ladder, target) for target in targets[:-1]), 1.0]
+    else:
+        shares = sorted(wanted) if len(wanted) > 1 else [*wanted] * len(targets)
+    return [(share, ladder.widths(Fraction(share))) for share in shares]
+
+
+def _roomy_share(problem: StructureProblem, ladder: Ladder, target: Target) -> float:
+    """The smallest share, in hundredths, at which a base has `HEADROOM` times a target's MAdds."""
+    for hundredths in range(1, 100):
+        if problem.madds(ladder.widths(Fraction(hundredths, 100))) >= HEADROOM * target.madds:
+            return hundredths / 100
+    return 1.0
+
+
 def _base_widths(problem: StructureProblem) -> Iterator[tuple[float, Widths]]:
     """The share of every base, from the narrowest on, and its width of every channel group."""
-    ladder = Ladder(problem)
-    for share in sorted(problem.settings.bases.widths):
-        yield share, ladder.widths(Fraction(share))
+    yield from dict(_bases_of_targets(problem)).items()
 
 
 def _pairs(problem: StructureProblem) -> list[tuple[tuple[float, Widths], Target]]:
-    """Every target with the base that is pruned for it: the smallest with the narrowest."""
-    bases, targets = list(_base_widths(problem)), problem.targets
-    return list(zip(bases * len(targets) if len(bases) == 1 else bases, targets, strict=True))
+    """Every target with the base that is pruned for it."""
+    return list(zip(_bases_of_targets(problem), problem.targets, strict=True))
 
 
 def _check_norms(problem: StructureProblem) -> None:

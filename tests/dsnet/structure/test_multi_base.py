@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dsnet.settings import SettingError
 from dsnet.space.cost import subnet_cost
 from dsnet.structure.method import StructureProblem, Target, Trained, Trainings, Widths
 from dsnet.structure.methods import check_structure, structure_method
+from dsnet.structure.methods.uniform import Ladder
 from dsnet.structure.pruning import Pruning
 from dsnet.structure.pruning_scores import pruning_scores
 from dsnet.structure.search import sorted_start
@@ -170,7 +172,9 @@ def test_targets_are_met_by_the_channels_that_the_writers_of_a_stream_keep(order
     scores = {group: values.tolist() for group, values in pruning_scores(wide, "bn_gamma", 0, ()).items()}
     for target, subnet, row in zip(problem.targets, found.subnets, found.summary["subnets"], strict=False):
         assert row["madds"] == subnet_cost(spec, subnet, problem.image_size).madds
-        assert abs(row["madds"] - target.madds) == nearest_by_trial(result, scores, target.madds)
+        assert abs(row["madds"] - target.madds) == nearest_by_trial(
+            result, scores, target.madds, problem.widest, problem.widest
+        )
         assert row["madds"] != problem.madds(subnet.widths)
 
 
@@ -334,14 +338,31 @@ def test_settings_that_no_other_method_reads_leave_no_trace_in_its_records() -> 
     [
         ({"targets": (0.5,)}, r"bases.widths has 2 widths for 1 target: .*\[1.0\]"),
         ({"targets": ()}, "method is multi_base, which makes one sub-network per target"),
-        ({"method": "uniform"}, "bases is set, but method uniform does not read it: choose method multi_base"),
-        ({"method": "uniform", "bases": BasesSettings(), "score": "noise"}, "score is set, but method uniform"),
         ({"score": "bn_gama"}, "score is 'bn_gama'; did you mean 'bn_gamma'"),
     ],
 )
 def test_settings_that_do_not_fit_together(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         make_problem(**settings)
+
+
+def test_bases_without_widths_have_room_for_their_targets_and_no_more_than_needed() -> None:
+    problem = make_problem(targets=(0.2, 0.4, 0.9), bases=BasesSettings(), step=1)
+    bases = structure_method("multi_base").bases(problem)
+    assert bases[-1].subnets.largest.widths == problem.widest
+    assert len(bases) == 3
+    for base, target in zip(bases[:2], problem.targets, strict=False):
+        assert problem.madds(base.subnets.largest.widths) >= 1.5 * target.madds
+        narrower = Fraction(base.subnets.largest.name) - Fraction(1, 100)
+        assert problem.madds(Ladder(problem).widths(narrower)) < 1.5 * target.madds
+    all_large = make_problem(targets=(0.9, 1.0), bases=BasesSettings())
+    assert [base.name for base in structure_method("multi_base").bases(all_large)] == ["base_1"]
+
+
+def test_two_targets_never_get_the_same_sub_network(tmp_path: Path) -> None:
+    problem = make_problem(targets=(0.5, 0.501), bases=ONE, step=4)
+    smaller, larger = find(problem, tmp_path).subnets.members
+    assert problem.madds(smaller.widths) < problem.madds(larger.widths)
 
 
 @pytest.mark.parametrize(

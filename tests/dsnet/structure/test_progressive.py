@@ -382,8 +382,6 @@ def test_the_parts_leave_no_trace_in_records_of_other_methods() -> None:
     ("settings", "message"),
     [
         ({"targets": ()}, "method is progressive, which makes one sub-network per target"),
-        ({"method": "greedy"}, "progressive is set, but method greedy does not read it: choose method progressive"),
-        ({"score": "noise"}, "score is set, but method progressive does not read it: choose method multi_base"),
         ({"ranking": "noisy"}, "progressive.ranking is 'noisy'.*noise"),
         ({"threshold": 1.0}, "progressive.threshold is 1.0, but must be at least 0 and below 1 or null"),
     ],
