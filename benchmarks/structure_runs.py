@@ -167,7 +167,7 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
     }
 )
 """The ways by name, in the order of the tables."""
-QUICK_ARMS = (ALONE, "s_net", "us_net", BASELINE, "autoslim", RANDOM, "sp_net", "progressive_no_tuning")
+QUICK_ARMS = (ALONE, "s_net", "us_net", BASELINE, "autoslim", RANDOM, "sp_net", "progressive_no_noise")
 """The ways of a quick look, without those that run no other code."""
 
 
