@@ -1,0 +1,183 @@
+"""ONNX graphs of the segments of a supernet between its gates.
+
+All segments are exported as one graph, because most of the time of an export does not depend on its
+size, and the graph is then divided by the names of its tensors. Every graph takes batches of any
+size; BatchNorm is folded into the convolutions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsnet.deploy.segments import CutSegments
+from dsnet.errors import DsnetError
+from dsnet.network.blocks import fold_batch_norms
+from dsnet.network.supernet import Supernet
+from dsnet.space.route_tree import RouteTree
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+IMAGES = "images"
+"""Name of the input of the first segment: normalised images, float32 [B, C, H, W]."""
+OPSET = 18
+"""Version of the operators: the oldest in which the exporter writes."""
+_EXAMPLES = 2
+"""Images with which the network is traced; a batch of one could be taken for a constant."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of the tensors between segments."""
+
+    tree: RouteTree
+
+    def features(self, gate: int, node: int) -> str:
+        """The features at a node of a gate, the input of the segments after it."""
+        return f"features_{gate}_{node}"
+
+    def evidence(self, gate: int, node: int, part: str) -> str:
+        """A part of the evidence there."""
+        return f"{part}_{gate}_{node}"
+
+    def logits(self, route: int) -> str:
+        """The logits of a route."""
+        return f"logits_{route}"
+
+    def before(self, gate: int, node: int) -> str:
+        """The input of the segment that ends at a node of a gate."""
+        if gate == 0:
+            return IMAGES
+        route = self.tree.gates[gate].node_of.index(node)
+        return self.features(gate - 1, self.tree.gates[gate - 1].node_of[route])
+
+    def outputs(self, parts: Sequence[str]) -> Iterator[str]:
+        """All outputs, in the order in which `_Segments` returns them."""
+        for gate, branches in enumerate(self.tree.gates):
+            for node in range(branches.num_nodes):
+                yield self.features(gate, node)
+                yield from (self.evidence(gate, node, part) for part in parts)
+        yield from (self.logits(route) for route in range(self.tree.num_routes))
+
+
+class _Segments(nn.Module):
+    """All segments of a supernet in one module: images -> every output of `Names.outputs`."""
+
+    def __init__(self, supernet: Supernet, tree: RouteTree, parts: Sequence[str]) -> None:
+        super().__init__()
+        self.segments = fold_batch_norms(CutSegments(supernet, tree, fold_bn=False))
+        self.names = Names(tree)
+        self.parts = tuple(parts)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, ...]:
+        """See the class."""
+        tree, known = self.names.tree, {IMAGES: images}
+        for gate, branches in enumerate(tree.gates):
+            for node in range(branches.num_nodes):
+                output = self.segments.upto_gate(gate, node, known[self.names.before(gate, node)])
+                known[self.names.features(gate, node)] = output.features
+                for part in self.parts:
+                    known[self.names.evidence(gate, node, part)] = output.evidence(part)
+        last = len(tree.gates) - 1
+        for route, node in enumerate(tree.gates[last].node_of):
+            known[self.names.logits(route)] = self.segments.head(route, known[self.names.features(last, node)])
+        # A copy, because an output that is an input, such as the features at an entry gate, has no name of its own.
+        return tuple(known[name] * 1 for name in self.names.outputs(self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentGraphs:
+    """The exported graph of all segments, from which those of single segments are taken."""
+
+    names: Names
+    parts: tuple[str, ...]
+    whole: ModelProto
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, supernet: Supernet, parts: Sequence[str], image_size: int) -> SegmentGraphs:
+        """Export the segments of a supernet.
+
+        Args:
+            supernet: trained and recalibrated, on the CPU; not changed.
+            parts: the parts of the evidence that the graphs give at every gate.
+            image_size: height and width in pixels.
+
+        Raises:
+            DsnetError: the packages are missing, or the exporter does not know an operation.
+        """
+        tree = RouteTree.of(supernet.subnets)
+        module = _Segments(supernet, tree, parts).eval()
+        example = torch.zeros(_EXAMPLES, supernet.spec.in_channels, image_size, image_size)
+        return cls(module.names, tuple(parts), _exported(module, example, [*module.names.outputs(parts)]))
+
+    def segment(self, gate: int, node: int) -> ModelProto:
+        """The segment that ends at a node of a gate: images, or features of the gate before -> its
+        features and evidence."""
+        evidence = [self.names.evidence(gate, node, part) for part in self.parts]
+        return self._part(self.names.before(gate, node), [self.names.features(gate, node), *evidence])
+
+    def head(self, route: int) -> ModelProto:
+        """The last segment of a route: features of the last gate -> logits."""
+        last = len(self.names.tree.gates) - 1
+        node = self.names.tree.gates[last].node_of[route]
+        return self._part(self.names.features(last, node), [self.names.logits(route)])
+
+    def tail(self, route: int) -> ModelProto:
+        """Everything after the first gate of a route: its features -> logits."""
+        return self._part(self.names.features(0, 0), [self.names.logits(route)])
+
+    def static(self, route: int) -> ModelProto:
+        """A whole route without any decision: images -> logits."""
+        return self._part(IMAGES, [self.names.logits(route)])
+
+    def _part(self, first: str, outputs: Sequence[str]) -> ModelProto:
+        from onnx import checker
+        from onnx.utils import Extractor
+
+        model = Extractor(self.whole).extract_model([first], list(outputs))
+        checker.check_model(model)
+        return model
+
+
+def _exported(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> ModelProto:
+    try:
+        with _without_notes():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                input_names=[IMAGES],
+                output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    except ImportError as error:
+        raise DsnetError(f"ONNX files need further packages ({error}): pip install 'dsnet-orch[deploy]'") from error
+    except torch.onnx.OnnxExporterError as error:
+        first = str(error).strip().splitlines()[0]
+        raise DsnetError(f"the network cannot be exported to ONNX: {first}") from error
+    assert program is not None
+    model: ModelProto = program.model_proto
+    return model
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """Without the exporter's notes about packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
