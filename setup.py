@@ -62,6 +62,7 @@ setup(
     ],
     extras_require={
         "dashboard": ["optuna-dashboard>=0.20"],
+        "deploy": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "images": ["kaleido>=1.5"],
         "test": [
             "pytest>=8.0",

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder, photo_files
+from dsnet.deploy import onnx_files
 from dsnet.deploy.dynamic import DynamicNet
+from dsnet.deploy.engines import AUTO, TORCH, Engine, chosen_engine, graph_engines
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints, prefix_of, read_points, store_points
 from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
 from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
@@ -37,6 +39,7 @@ from dsnet.routers.base import Router
 from dsnet.routers.kinds import router_from_arrays
 from dsnet.routing.retrace import Retrace
 from dsnet.space.cost import subnet_cost
+from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_exactly, load_tensors, save_tensors, tensors_below
@@ -72,6 +75,10 @@ class Bundle:
     """(channels, height, width) of its input images."""
     operating_points: OperatingPoints
     """All operating points by increasing MAdds; a bundle of one gate has one."""
+    device: torch.device
+    """The device on which it runs."""
+    engine: str
+    """What runs the network: `torch`, or the name of another engine (`dsnet.deploy.engines`)."""
     _settings: Mapping[str, _Setting]
     """By the name of the point; the networks share all weights."""
     _setting: _Setting
@@ -271,11 +278,6 @@ class Bundle:
         return f"{router.kind}, which chooses among {len(routes)} routes: {_listed(routes)}"
 
     @property
-    def device(self) -> torch.device:
-        """The device that holds the network."""
-        return next(self.net.parameters()).device
-
-    @property
     def claims(self) -> Mapping[str, Any]:
         """The numbers with which its present operating point was exported: accuracies, MAdds,
         latency."""
@@ -444,7 +446,13 @@ def _swap(draft: Path, folder: Path) -> None:
 
 
 def load_bundle(
-    path: str | Path, *, device: torch.device | str = "cpu", cut_weights: bool = True, fold_bn: bool = True
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    engine: str = AUTO,
+    threads: int | None = None,
+    cut_weights: bool = True,
+    fold_bn: bool = True,
 ) -> Bundle:
     """Read a bundle; manifest and weights are checked against their hashes, and no code or pickle
     is loaded.
@@ -454,14 +462,20 @@ def load_bundle(
     Args:
         path: the bundle's folder.
         device: the device on which it runs; images must be there too.
-        cut_weights: keep contiguous weights per route (fastest); False slices shared weights in
-            every call (least memory).
+        engine: what runs the network: `torch`; `onnxruntime`, which is usually faster on a CPU, and
+            needs a bundle with ONNX files; or `auto`, the latter where it is possible.
+        threads: threads of one call of another engine than torch; None: those of torch.
+        cut_weights: for torch, keep contiguous weights per route (fastest); False slices shared
+            weights in every call (least memory).
         fold_bn: with `cut_weights`, fold BatchNorm into the convolutions.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the bundle is of another version.
+        ConfigError: the engine is unknown, or cannot run this bundle here.
     """
     path = Path(path)
+    graphs, on_cpu = path / onnx_files.FOLDER, torch.device(device).type == "cpu"
+    chosen = chosen_engine(engine, (graphs / onnx_files.LISTING).is_file(), on_cpu)
     if not (path / MANIFEST).is_file():
         raise CheckpointError(
             f"{path}: no bundle here (no {MANIFEST}); make one with `dsnet-orch export RUN --pick knee`"
@@ -479,25 +493,43 @@ def load_bundle(
     if manifest.get("sha256") != _manifest_digest(manifest):
         raise CheckpointError(f"{path / MANIFEST}: was edited or damaged (its own SHA-256 differs); export it again")
     try:
-        return _assemble(path, manifest, device, cut_weights, fold_bn)
+        return _assemble(path, manifest, _Loading(graphs, chosen, device, threads, cut_weights, fold_bn))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST}: incomplete or inconsistent ({type(error).__name__}: {error}); export it again"
         ) from error
 
 
-def _assemble(
-    path: Path, manifest: Mapping[str, Any], device: torch.device | str, cut_weights: bool, fold_bn: bool
-) -> Bundle:
-    weights = load_tensors(path / "weights.safetensors", manifest["files"]["weights.safetensors"])
-    subnets = SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"])
-    supernet = rebuild(subnets)
-    load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
+class _Loading(NamedTuple):
+    """How a bundle is to run; see `load_bundle`."""
+
+    graphs: Path
+    """The folder of the ONNX graphs."""
+    engine: Engine | None
+    device: torch.device | str = "cpu"
+    threads: int | None = None
+    cut_weights: bool = True
+    fold_bn: bool = True
+
+
+def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bundle:
+    supernet, weights = _stored_supernet(path, manifest)
+    subnets = supernet.subnets
     points = _points(path, manifest, weights)
     channels, height, width = manifest["image_shape"]
-    net = DynamicNet(supernet.eval(), points[0].router, cut_weights=cut_weights, fold_bn=fold_bn, image_size=height).to(
-        device
-    )
+    segments = None
+    if loading.engine is not None:
+        threads = loading.threads or torch.get_num_threads()
+        tree = RouteTree.of(subnets)
+        segments = onnx_files.GraphSegments(loading.graphs, tree, loading.engine, threads)
+    net = DynamicNet(
+        supernet,
+        points[0].router,
+        cut_weights=loading.cut_weights,
+        fold_bn=loading.fold_bn,
+        image_size=height,
+        segments=segments,
+    ).to(loading.device)
     settings = {point.name: _Setting(point, net.with_router(point.router)) for point in points}
     return Bundle(
         path=path,
@@ -507,9 +539,19 @@ def _assemble(
         route_names=tuple(subnet.name for subnet in subnets),
         image_shape=(channels, height, width),
         operating_points=OperatingPoints(points),
+        device=torch.device(loading.device),
+        engine=TORCH if loading.engine is None else loading.engine.name,
         _settings=settings,
         _setting=settings[points[0].name],
     )
+
+
+def _stored_supernet(path: Path, manifest: Mapping[str, Any]) -> tuple[Supernet, Mapping[str, Tensor]]:
+    """The supernet in eval mode on the CPU, and all tensors of the bundle."""
+    weights = load_tensors(path / "weights.safetensors", manifest["files"]["weights.safetensors"])
+    supernet = rebuild(SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"]))
+    load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
+    return supernet.eval(), weights
 
 
 def _points(path: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[OperatingPoint, ...]:
@@ -520,6 +562,28 @@ def _points(path: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tenso
         return read_points(own, manifest.get("points"), weights)
     except CheckpointError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}; export it again") from error
+
+
+@exact_float32()
+def write_onnx(path: Path, folder: Path) -> None:
+    """Write the ONNX graphs of a bundle, and check that an engine that is installed gives the
+    routes and logits of its examples with them.
+
+    Args:
+        path: the bundle's folder.
+        folder: receives the files.
+
+    Raises:
+        DsnetError: the packages are missing, or the network cannot be exported.
+        VerificationError: the graphs give other routes or logits.
+    """
+    manifest = read_json(path / MANIFEST)
+    supernet, weights = _stored_supernet(path, manifest)
+    routers = [point.router for point in _points(path, manifest, weights)]
+    onnx_files.write_graphs(supernet, routers, manifest["image_shape"][1], folder)
+    for engine in graph_engines():
+        if engine.is_installed:
+            check_bundle_examples(_assemble(path, manifest, _Loading(graphs=folder, engine=engine)))
 
 
 def check_bundle_files(bundle: Bundle) -> None:

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from dsnet.deploy.segments import CutSegments, SlicedSegments, rows_by
-from dsnet.network.supernet import Supernet, TrunkOutput
+from dsnet.deploy.segments import CutSegments, SegmentOutput, Segments, SlicedSegments, rows_by
+from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.space.cost import subnet_cost
 from dsnet.space.route_tree import RouteTree
@@ -47,6 +47,8 @@ class DynamicNet(nn.Module):
         fold_bn: with `cut_weights`, fold BatchNorm into the convolutions.
         image_size: height and width in pixels, for the MAdds that it reports; None: the size for
             which the supernet was laid out.
+        segments: what runs the segments, such as an inference engine, in place of the supernet's
+            weights.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class DynamicNet(nn.Module):
         cut_weights: bool = True,
         fold_bn: bool = True,
         image_size: int | None = None,
+        segments: Segments | None = None,
     ) -> None:
         super().__init__()
         size = supernet.spec.image_size if image_size is None else image_size
@@ -67,7 +70,7 @@ class DynamicNet(nn.Module):
         self.tree = RouteTree.of(supernet.subnets)
         self._trunk_madds = costs[0].trunk_madds
         self._tail_madds = [cost.madds - cost.trunk_madds for cost in costs]
-        self.segments = (
+        self.segments: Segments = segments or (
             CutSegments(supernet, self.tree, fold_bn=fold_bn) if cut_weights else SlicedSegments(supernet, self.tree)
         )
         self._set_router(router)
@@ -119,12 +122,12 @@ class DynamicNet(nn.Module):
         return _BatchRouting(self, trunk.features, evidence).run()
 
     def _run_only(self, features: Tensor, route: int) -> DynamicOutput:
-        logits = _run_route(self, 1, features, route)
+        logits = self.segments.rest(1, route, features)
         madds = self._trunk_madds + self._tail_madds[route] + self._decision_madds[route]
         routes = torch.full((len(features),), route, dtype=torch.int64, device=features.device)
         return DynamicOutput(logits, routes, torch.full_like(routes, madds))
 
-    def _evidence(self, output: TrunkOutput, gate: int, route: int) -> Evidence:
+    def _evidence(self, output: SegmentOutput, gate: int, route: int) -> Evidence:
         parts = {part: output.evidence(part) for part in self.router.needs}
         return Evidence(parts, len(output.features), output.features.device, gate, route)
 
@@ -172,7 +175,7 @@ class _BatchRouting:
         is_all = len(rows) == len(self.routes)
         num_deciding = 1 if self.executed else self.net.router.num_gates
         logits, routes = _run_from_gate(
-            self.net, num_deciding, 0, self.features if is_all else _gather(self.features, rows), chosen
+            self.net, num_deciding, 0, self.features if is_all else _gather(self.net, self.features, rows), chosen
         )
         for row, route in zip(rows, routes, strict=True):
             self.routes[row] = route
@@ -210,9 +213,13 @@ def _run_from_gate(
     """
     following = gate + 1
     if following >= num_deciding and chosen.count(chosen[0]) == len(chosen):
-        return _run_route(net, following, x, chosen[0]), chosen
+        return net.segments.rest(following, chosen[0], x), chosen
+    if following >= num_deciding and not net.segments.shares_segments:
+        return _by_group(
+            net, x, chosen, lambda route, group, wanted: (net.segments.rest(following, route, group), wanted)
+        )
     if following == len(net.tree.gates):
-        return _by_group(x, chosen, lambda route, group, wanted: (net.segments.head(route, group), wanted))
+        return _by_group(net, x, chosen, lambda route, group, wanted: (net.segments.head(route, group), wanted))
     node_of = net.tree.gates[following].node_of
 
     def branch(node: int, group: Tensor, wanted: list[int]) -> tuple[Tensor, list[int]]:
@@ -221,21 +228,14 @@ def _run_from_gate(
             wanted = net.router.step(net._evidence(output, following, wanted[0]), ()).tolist()
         return _run_from_gate(net, num_deciding, following, output.features, wanted)
 
-    return _by_group(x, chosen, branch, node_of)
-
-
-def _run_route(net: DynamicNet, gate: int, x: Tensor, route: int) -> Tensor:
-    """Run one route from a gate on, without further decisions: logits [b, num_classes]."""
-    for later in range(gate, len(net.tree.gates)):
-        x = net.segments.upto_gate(later, net.tree.gates[later].node_of[route], x).features
-    return net.segments.head(route, x)
+    return _by_group(net, x, chosen, branch, node_of)
 
 
 _GroupFunction = Callable[[int, Tensor, list[int]], tuple[Tensor, list[int]]]
 
 
 def _by_group(
-    x: Tensor, chosen: list[int], run: _GroupFunction, node_of: Sequence[int] | None = None
+    net: DynamicNet, x: Tensor, chosen: list[int], run: _GroupFunction, node_of: Sequence[int] | None = None
 ) -> tuple[Tensor, list[int]]:
     """Run each group of images with the same next branch; results in the order of `x`.
 
@@ -246,7 +246,7 @@ def _by_group(
     if len(groups) == 1:
         return run(keys[0], x, chosen)
     order = [row for rows in groups.values() for row in rows]
-    parts = _gather(x, order).split([len(rows) for rows in groups.values()])
+    parts = _gather(net, x, order).split([len(rows) for rows in groups.values()])
     answers = [
         run(key, part, [chosen[row] for row in rows]) for (key, rows), part in zip(groups.items(), parts, strict=True)
     ]
@@ -256,10 +256,10 @@ def _by_group(
     return logits, [routes[position] for position in back]
 
 
-def _gather(x: Tensor, rows: list[int]) -> Tensor:
-    """Select images; features [n, c, H, W] in channels last, the format of cut segments, which
+def _gather(net: DynamicNet, x: Tensor, rows: list[int]) -> Tensor:
+    """Select images; features [n, c, H, W] keep channels last, the format of cut segments, which
     `index_select` alone would change."""
-    if x.ndim != 4:
+    if x.ndim != 4 or not net.segments.is_channels_last:
         return x.index_select(0, _index(rows, x))
     return x.permute(0, 2, 3, 1).index_select(0, _index(rows, x)).permute(0, 3, 1, 2)
 

@@ -50,6 +50,21 @@ def register(exporter: Exporter) -> Exporter:
     return exporter
 
 
+class _Onnx:
+    """ONNX graphs of all segments, for other engines than torch (`dsnet.deploy.onnx_files`)."""
+
+    name = "onnx"
+
+    def write(self, bundle: Path, folder: Path) -> None:
+        """See `Exporter.write`."""
+        from dsnet.deploy.bundle import write_onnx
+
+        write_onnx(bundle, folder)
+
+
+register(_Onnx())
+
+
 def exporters() -> Mapping[str, Exporter]:
     """All exporters by name; the bundle itself needs none."""
     load_plugins()

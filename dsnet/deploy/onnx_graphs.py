@@ -73,7 +73,9 @@ class _Segments(nn.Module):
 
     def __init__(self, supernet: Supernet, tree: RouteTree, parts: Sequence[str]) -> None:
         super().__init__()
-        self.segments = fold_batch_norms(CutSegments(supernet, tree, fold_bn=False))
+        segments = CutSegments(supernet, tree, fold_bn=False)
+        fold_batch_norms(segments)
+        self.segments = segments
         self.names = Names(tree)
         self.parts = tuple(parts)
 
@@ -89,8 +91,8 @@ class _Segments(nn.Module):
         last = len(tree.gates) - 1
         for route, node in enumerate(tree.gates[last].node_of):
             known[self.names.logits(route)] = self.segments.head(route, known[self.names.features(last, node)])
-        # A copy, because an output that is an input, such as the features at an entry gate, has no name of its own.
-        return tuple(known[name] * 1 for name in self.names.outputs(self.parts))
+        # Copies, because an output that is an input, as at an entry gate, has no name of its own.
+        return tuple(known[name].clone() for name in self.names.outputs(self.parts))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,10 +18,34 @@ from dsnet.network.supernet import PlainFeatures, Supernet, TrunkOutput
 from dsnet.space.route_tree import RouteTree
 
 
+class SegmentOutput(Protocol):
+    """Output of a segment that ends at a gate; see `dsnet.network.supernet.TrunkOutput`."""
+
+    @property
+    def features(self) -> Float[Tensor, "batch ..."]:
+        """The input of the next segment."""
+        ...
+
+    def evidence(self, part: str) -> Float[Tensor, "batch features"]:
+        """One part of the evidence that a router may read."""
+        ...
+
+
 class Segments(Protocol):
     """Interface of the segments that dynamic inference runs."""
 
-    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> TrunkOutput:
+    @property
+    def shares_segments(self) -> bool:
+        """Whether routes share what is after the first gate as far as they agree; else every route
+        has it for itself."""
+        ...
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether features of four dimensions are in channels last."""
+        ...
+
+    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> SegmentOutput:
         """Run a segment: images (gate 0) or features of gate `gate - 1` -> a node of `gate`."""
         ...
 
@@ -29,12 +53,39 @@ class Segments(Protocol):
         """Run a route's last segment: features of the last gate -> logits [B, num_classes]."""
         ...
 
+    def rest(self, gate: int, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+        """Run a route from the segment after gate `gate - 1` to its end, without decisions: logits
+        [B, num_classes]."""
+        ...
+
     def check_mode(self) -> None:
         """Raise RuntimeError if the network is in training mode."""
         ...
 
 
-class CutSegments(nn.Module):
+class _TorchSegments(nn.Module):
+    """Segments of one tree that torch runs."""
+
+    shares_segments = True
+    is_channels_last = True
+    tree: RouteTree
+
+    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> TrunkOutput:
+        """See `Segments.upto_gate`."""
+        raise NotImplementedError
+
+    def head(self, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+        """See `Segments.head`."""
+        raise NotImplementedError
+
+    def rest(self, gate: int, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+        """See `Segments.rest`."""
+        for later in range(gate, len(self.tree.gates)):
+            x = self.upto_gate(later, self.tree.gates[later].node_of[route], x).features
+        return self.head(route, x)
+
+
+class CutSegments(_TorchSegments):
     """Segments as plain modules with their own contiguous weights, in eval mode.
 
     Args:
@@ -87,7 +138,7 @@ class CutSegments(nn.Module):
         """Do nothing: cut segments are always in eval mode."""
 
 
-class SlicedSegments(nn.Module):
+class SlicedSegments(_TorchSegments):
     """Segments sliced from the supernet's weights in every call: no copies, but slower."""
 
     def __init__(self, supernet: Supernet, tree: RouteTree) -> None:

@@ -3,7 +3,7 @@ data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dsnet.data.sources import load_source
 from dsnet.data.splits import make_splits
 from dsnet.data.tensors import TensorData
 from dsnet.deploy.bundle import Bundle, check_bundle_examples, check_bundle_files, load_bundle, score_bundle
+from dsnet.deploy.engines import TORCH
 from dsnet.errors import DataError, NotFoundError, VerificationError
 from dsnet.space.cost import subnet_cost
 from orchestration.config.loading import load_config
@@ -52,18 +53,20 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     bundle = load_bundle(path)
     check_bundle_files(bundle)
     checks = [Check("files", f"{len(bundle.manifest['files'])} files match their hashes")]
-    num_examples = check_bundle_examples(bundle)
-    checks.append(Check("examples", _examples_finding(num_examples, len(bundle.operating_points))))
+    engines = [TORCH] if bundle.engine == TORCH else [TORCH, bundle.engine]
+    num_examples = max([check_bundle_examples(load_bundle(path, engine=engine)) for engine in engines])
+    checks.append(Check("examples", _examples_finding(num_examples, len(bundle.operating_points), engines)))
     if data_path is not None:
         checks += _check_claims(bundle, data_path)
     return checks
 
 
-def _examples_finding(num_examples: int, num_points: int) -> str:
+def _examples_finding(num_examples: int, num_points: int, engines: Sequence[str]) -> str:
     if num_examples == 0:
         return "0 images are stored, so routes and logits were not checked; export it again, or check its accuracy with --data"
     where = f" at each of {num_points} operating points" if num_points > 1 else ""
-    return f"{num_examples} stored images give the recorded routes and logits{where}"
+    run_by = f", by {' and by '.join(engines)}" if len(engines) > 1 else ""
+    return f"{num_examples} stored images give the recorded routes and logits{where}{run_by}"
 
 
 def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:

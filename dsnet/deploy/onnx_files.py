@@ -1,0 +1,183 @@
+"""The ONNX graphs of a bundle: their files, and the segments that an engine runs from them.
+
+The folder `onnx` of a bundle has a graph for every segment up to a gate, and one for the rest of
+every route after the first gate. Where a router decides at several gates, or there are many routes,
+there is a graph for every segment between gates instead, so that routes share them. `graphs.json`
+lists the graphs with their SHA-256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dsnet.deploy.engines import Graph
+from dsnet.errors import CheckpointError
+from dsnet.files import atomic_write_json, file_sha256, read_json
+from dsnet.space.route_tree import RouteTree
+
+if TYPE_CHECKING:
+    from dsnet.deploy.engines import Engine
+    from dsnet.network.supernet import Supernet
+    from dsnet.routers.base import Router
+
+FOLDER = "onnx"
+"""Name of the folder in a bundle."""
+LISTING = "graphs.json"
+VERSION = 1
+MANY_ROUTES = 8
+"""Number of routes above which they share graphs, because each graph has weights of its own."""
+
+
+def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int, folder: Path) -> None:
+    """Write the ONNX graphs of a supernet.
+
+    Args:
+        supernet: on the CPU; every member is a route.
+        routers: the routers that run with the graphs.
+        image_size: height and width in pixels.
+        folder: receives the files.
+
+    Raises:
+        DsnetError: the packages are missing, or the network cannot be exported.
+    """
+    from dsnet.deploy.onnx_graphs import SegmentGraphs
+
+    parts = sorted({part for router in routers for part in router.needs})
+    graphs = SegmentGraphs.of(supernet, parts, image_size)
+    tree = graphs.names.tree
+    has_tails = tree.num_routes <= MANY_ROUTES and all(router.num_gates == 1 for router in routers)
+    hashes = {}
+    for name, model in _graphs(graphs, has_tails):
+        file = folder / f"{name}.onnx"
+        file.write_bytes(model.SerializeToString())
+        hashes[name] = file_sha256(file)
+    atomic_write_json(
+        folder / LISTING, {"version": VERSION, "evidence": parts, "has_tails": has_tails, "graphs": hashes}
+    )
+
+
+def _graphs(graphs: Any, has_tails: bool) -> Iterator[tuple[str, Any]]:
+    """Every graph with its name."""
+    tree: RouteTree = graphs.names.tree
+    for gate, branches in enumerate(tree.gates[:1] if has_tails else tree.gates):
+        for node in range(branches.num_nodes):
+            yield segment_name(gate, node), graphs.segment(gate, node)
+    for route in range(tree.num_routes):
+        yield (tail_name(route), graphs.tail(route)) if has_tails else (head_name(route), graphs.head(route))
+
+
+def segment_name(gate: int, node: int) -> str:
+    """The name of the graph that ends at a node of a gate; the first one is `segment-0-0`."""
+    return f"segment-{gate}-{node}"
+
+
+def tail_name(route: int) -> str:
+    """The name of the graph of everything after the first gate of a route."""
+    return f"tail-{route}"
+
+
+def head_name(route: int) -> str:
+    """The name of the graph of everything after the last gate of a route."""
+    return f"head-{route}"
+
+
+@dataclass(frozen=True)
+class GraphOutput:
+    """The output of a segment; see `dsnet.network.supernet.TrunkOutput`."""
+
+    features: Float[Tensor, "batch ..."]
+    parts: Mapping[str, Float[Tensor, "batch _features"]]
+
+    def evidence(self, part: str) -> Float[Tensor, "batch features"]:
+        """One part of the evidence that the graph gives."""
+        return self.parts[part]
+
+
+class GraphSegments:
+    """Segments that an engine runs; see `dsnet.deploy.segments.Segments`.
+
+    The graphs are opened once; calls from several threads are allowed.
+    """
+
+    is_channels_last = False
+
+    def __init__(self, folder: Path, tree: RouteTree, engine: Engine, threads: int) -> None:
+        """Open all graphs.
+
+        Args:
+            folder: the folder with the graphs.
+            tree: the tree of the bundle's routes.
+            engine: the engine.
+            threads: threads of one call.
+
+        Raises:
+            CheckpointError: a file is missing or is not the one that was exported.
+        """
+        self._tree = tree
+        self._listing = _listing(folder)
+        self.shares_segments = not self._listing["has_tails"]
+        self._graphs = {name: engine.open(folder / f"{name}.onnx", threads) for name in self._listing["graphs"]}
+        self._inputs = {name: _input_name(tree, name) for name in self._graphs}
+
+    @cached_property
+    def _parts(self) -> tuple[str, ...]:
+        return tuple(self._listing["evidence"])
+
+    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> GraphOutput:
+        """See `Segments.upto_gate`."""
+        features, *parts = self._run(segment_name(gate, node), x)
+        return GraphOutput(features, dict(zip(self._parts, parts, strict=True)))
+
+    def head(self, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+        """See `Segments.head`."""
+        (logits,) = self._run(head_name(route), x)
+        return logits
+
+    def rest(self, gate: int, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+        """See `Segments.rest`."""
+        if not self.shares_segments:
+            (logits,) = self._run(tail_name(route), x)
+            return logits
+        for later in range(gate, len(self._tree.gates)):
+            x = self.upto_gate(later, self._tree.gates[later].node_of[route], x).features
+        return self.head(route, x)
+
+    def check_mode(self) -> None:
+        """Do nothing: graphs are always in eval mode."""
+
+    def _run(self, name: str, x: Tensor) -> list[Tensor]:
+        graph: Graph = self._graphs[name]
+        return [torch.from_numpy(value) for value in graph({self._inputs[name]: x.contiguous().numpy()})]
+
+
+def _listing(folder: Path) -> Mapping[str, Any]:
+    """The list of graphs, whose files are compared with their hashes."""
+    path = folder / LISTING
+    listing: Mapping[str, Any] = read_json(path)
+    if listing.get("version") != VERSION:
+        raise CheckpointError(f"{path}: version {listing.get('version')!r}, but this release reads {VERSION}")
+    for name, expected in listing["graphs"].items():
+        file = folder / f"{name}.onnx"
+        if not file.is_file() or file_sha256(file) != expected:
+            raise CheckpointError(f"{file}: missing, or not the file that was exported; export the bundle again")
+    return listing
+
+
+def _input_name(tree: RouteTree, name: str) -> str:
+    """The name of the input of a graph."""
+    from dsnet.deploy.onnx_graphs import Names
+
+    kind, *numbers = name.split("-")
+    names, (first, *more) = Names(tree), map(int, numbers)
+    if kind == "segment":
+        return names.before(first, more[0])
+    gate = 0 if kind == "tail" else len(tree.gates) - 1
+    return names.features(gate, tree.gates[gate].node_of[first])

@@ -1,0 +1,166 @@
+"""One contract for every engine: routes and logits of torch, for every kind of router."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsnet.deploy import engines as engines_module
+from dsnet.deploy.bundle import Bundle, check_bundle_examples, load_bundle, score_bundle
+from dsnet.deploy.engines import TORCH, Engine, chosen_engine, engine_names, graph_engines
+from dsnet.deploy.exporters import exporters
+from dsnet.deploy.onnx_files import LISTING
+from dsnet.errors import CheckpointError, ConfigError
+from dsnet.network.batchnorm import recalibrate
+from dsnet.network.supernet import Supernet
+from dsnet.routers.fixed import FixedRouter
+from tests.dsnet.deploy.test_bundle import gate, save
+from tests.dsnet.samples import (
+    NORMALIZATION,
+    ROUTER_KINDS,
+    random_labels,
+    random_pixels,
+    random_supernet_router,
+    small_supernet,
+    three_gate_supernet,
+)
+
+pytest.importorskip("onnx", reason="extra deploy is not installed")
+
+ENGINES = [engine.name for engine in graph_engines() if engine.is_installed]
+SUPERNETS: dict[str, Callable[[], Supernet]] = {"one gate": small_supernet, "three gates": three_gate_supernet}
+
+
+def with_graphs(folder: Path, supernet: Supernet | None = None, **fields: object) -> Path:
+    """A bundle with ONNX files."""
+    save(folder, supernet, **fields)  # type: ignore[arg-type]
+    (folder / "onnx").mkdir()
+    exporters()["onnx"].write(folder, folder / "onnx")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_graphs(tmp_path_factory.mktemp("graphs") / "bundle")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """A bundle of its own, to be damaged."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            target = tmp_path / "bundle" / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return tmp_path / "bundle"
+
+
+def assert_same(bundle: Bundle, expected: Bundle, num_images: int) -> None:
+    pixels = random_pixels(num_images, seed=num_images)
+    answer, wanted = bundle(pixels), expected(pixels)
+    assert answer.routes.tolist() == wanted.routes.tolist()
+    assert answer.madds.tolist() == wanted.madds.tolist()
+    torch.testing.assert_close(answer.probabilities, wanted.probabilities, rtol=1e-4, atol=1e-4)
+
+
+def test_the_default_is_the_engine_where_it_is_possible(folder: Path, tmp_path: Path) -> None:
+    assert load_bundle(folder).engine == ENGINES[0] == "onnxruntime"
+    assert load_bundle(folder, engine=TORCH).engine == TORCH
+    save(tmp_path / "plain")
+    assert load_bundle(tmp_path / "plain").engine == TORCH
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SUPERNETS)
+def test_every_router_takes_its_routes_in_every_engine(tmp_path: Path, name: str, engine: str) -> None:
+    """One export for all kinds: those that decide once, at every gate, and after an answer."""
+    supernet = SUPERNETS[name]()
+    recalibrate(supernet, [NORMALIZATION.apply(random_pixels(64))])
+    everything = range(len(supernet.subnets))
+    routers = {kind: random_supernet_router(kind, supernet, 3, everything) for kind in ROUTER_KINDS}
+    first, *others = routers
+    points = {"point_name": first, "further_points": _points(routers, others)}
+    path = with_graphs(tmp_path / "bundle", supernet, router=routers[first], **points)
+    own, ours = load_bundle(path, engine=TORCH), load_bundle(path, engine=engine)
+    assert check_bundle_examples(ours) == 16
+    taken = set()
+    for kind in routers:
+        for size in (0, 1, 2, 17):
+            assert_same(ours.at(kind), own.at(kind), size)
+        taken |= set(ours.at(kind)(random_pixels(64)).routes.tolist())
+    assert len(taken) > 1
+
+
+def _points(routers: dict[str, object], names: list[str]) -> list[object]:
+    from dsnet.deploy.operating_points import OperatingPoint
+
+    return [OperatingPoint(name, routers[name], {}) for name in names]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_static_sub_network_and_a_sub_network_of_some_routes(tmp_path: Path, engine: str) -> None:
+    path = with_graphs(tmp_path / "static", router=FixedRouter(1))
+    assert_same(load_bundle(path, engine=engine), load_bundle(path, engine=TORCH), 5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_eight_threads_get_the_answers_of_one(folder: Path, engine: str) -> None:
+    bundle = load_bundle(folder, engine=engine, threads=1)
+    batches = [random_pixels(1 + number % 5, seed=number) for number in range(64)]
+    expected = [bundle(batch) for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        for answer, wanted in zip(pool.map(bundle, batches), expected, strict=True):
+            assert torch.equal(answer.probabilities, wanted.probabilities)
+            assert answer.routes.tolist() == wanted.routes.tolist()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_accuracy_and_cost_are_those_of_torch(folder: Path, engine: str) -> None:
+    pixels, labels = random_pixels(40), random_labels(40)
+    ours, own = (score_bundle(load_bundle(folder, engine=name), pixels, labels) for name in (engine, TORCH))
+    assert ours == own
+
+
+def test_a_changed_or_missing_graph_is_refused(copied: Path) -> None:
+    file = copied / "onnx" / "tail-1.onnx"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"tail-1\.onnx: missing, or not the file that was exported"):
+        load_bundle(copied)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="export the bundle again"):
+        load_bundle(copied)
+    assert load_bundle(copied, engine=TORCH).engine == TORCH
+    listing = json.loads((copied / "onnx" / LISTING).read_text())
+    (copied / "onnx" / LISTING).write_text(json.dumps({**listing, "version": 99}))
+    with pytest.raises(CheckpointError, match="version 99, but this release reads 1"):
+        load_bundle(copied)
+
+
+def test_engines_that_cannot_run_a_bundle_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine_names() == (*ENGINES, TORCH)
+    with pytest.raises(ConfigError, match=r"unknown engine 'onnxruntim'.*did you mean 'onnxruntime'"):
+        load_bundle(folder, engine="onnxruntim")
+    save(tmp_path / "plain", router=gate(small_supernet()))
+    with pytest.raises(
+        ConfigError, match=r"the bundle has no ONNX files; export it with export.formats: \[bundle, onnx"
+    ):
+        load_bundle(tmp_path / "plain", engine=ENGINES[0])
+    with pytest.raises(ConfigError, match="runs on the CPU only"):
+        chosen_engine(ENGINES[0], has_graphs=True, on_cpu=False)
+    assert chosen_engine("auto", has_graphs=True, on_cpu=False) is None
+    missing = Engine("other", "no_such_package", lambda file, threads: lambda inputs: [])
+    monkeypatch.setattr(engines_module, "_ENGINES", {"other": missing})
+    assert chosen_engine("auto", has_graphs=True, on_cpu=True) is None
+    with pytest.raises(ConfigError, match="package no_such_package is not installed: pip install 'dsnet-orch"):
+        chosen_engine("other", has_graphs=True, on_cpu=True)
+    with pytest.raises(ValueError, match="there is an engine 'torch' already"):
+        engines_module.register(Engine(TORCH, "torch", missing.open))
