@@ -91,7 +91,7 @@ class ProgressiveSettings(Settings):
     ranking: Ranking = "noise"
     """How important a channel is: `noise`, how little trainable noise it tolerates; or `weight_l1`,
     `bn_gamma`, `taylor`, `random`."""
-    threshold: FractionBelowOne | None = 0.01
+    threshold: FractionBelowOne | None = 0.05
     """Fall of the accuracy on the hold-out since the last fine-tuning, as a share of the images,
     [0, 1), above which the network is fine-tuned; 0: after every loss; None: never."""
     tuning_epochs: PositiveInt = 1
