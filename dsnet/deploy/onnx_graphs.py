@@ -8,6 +8,7 @@ size; BatchNorm is folded into the convolutions.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,11 +176,13 @@ def _exported(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> Mod
 
 @contextmanager
 def _without_notes() -> Iterator[None]:
-    """Without the exporter's notes about packages that are not installed."""
+    """Without the exporter's notes about packages that are not installed and its own old calls."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logger.setLevel(level)

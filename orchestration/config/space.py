@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from dsnet.dotted import flatten
 from dsnet.errors import ConfigError
 from dsnet.routers.kinds import kind_names
+from dsnet.structure.settings import without_unread
 from dsnet.wording import shown, way_out
 from orchestration.config.distribution import REAL_KINDS, Distribution, Scalar, is_same, thawed
 from orchestration.config.gate import GateConfig, RoutingConfig
@@ -462,7 +463,8 @@ def supernet_combinations(space: Space) -> list[Point]:
 
 
 def supernet_with(supernet: SupernetConfig, point: Mapping[str, Any]) -> SupernetConfig:
-    """The section `supernet` with some settings of the space filled in.
+    """The section `supernet` with some settings of the space filled in. Settings of structure
+    methods that the chosen one does not read have their defaults.
 
     Args:
         supernet: section `supernet` of the sweep.
@@ -480,6 +482,7 @@ def supernet_with(supernet: SupernetConfig, point: Mapping[str, Any]) -> Superne
         for name in sections:
             section = section[name]
         section[leaf] = thawed(value)
+    plain["structure"] = without_unread(plain["structure"])
     return SupernetConfig.model_validate(plain)
 
 

@@ -25,7 +25,6 @@ from pydantic import (
 from dsnet.errors import ConfigError
 from dsnet.metrics import metrics
 from dsnet.settings import DEFAULT_SEED, Seed
-from dsnet.structure.settings import StructureSettings
 from dsnet.wording import shown, way_out
 from orchestration.config.data import DataConfig
 from orchestration.config.default_space import default_space
@@ -134,7 +133,6 @@ class SweepConfig(Section):
         if not problems:
             problems += [*gate_problems(self.gate, self.space), *supernet_problems(self.supernet, self.space)]
             problems += [*_condition_problems(self), *_search_problems(self), *_pick_problems(self)]
-            problems += _unread_structure(self)
         refuse(*problems)
         return self
 
@@ -264,18 +262,6 @@ def _sampler_problems(config: SweepConfig) -> Iterator[BrokenRule]:
             yield BrokenRule(("sampler", "options", match[2]), str(error)[match.end() :])
         else:
             yield BrokenRule(("sampler", "name"), str(error)[match.end() :])
-
-
-def _unread_structure(config: SweepConfig) -> Iterator[BrokenRule]:
-    """Settings of the structure that no method reads with which a supernet may be made."""
-    swept = config.space.get(f"{StructureSettings.SECTION}.method")
-    own = config.supernet.structure.method
-    methods = [own] if swept is None else [str(value) for value in swept.edge_values()]
-    for name, reader in config.supernet.structure.settings().unread(methods):
-        readers = f"method {own} does not read it" if swept is None else "none of the methods in space reads it"
-        yield BrokenRule(
-            ("supernet", "structure", name), f"is set, but {readers}: choose method {reader}, or remove it"
-        )
 
 
 def _pick_problems(config: SweepConfig) -> Iterator[BrokenRule]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
 from dsnet.settings import Device
+from dsnet.structure.settings import StructureSettings
 from dsnet.training.settings import TrainSettings
 from dsnet.wording import plural
 from orchestration.config.objectives import HardConstraint
@@ -33,12 +34,23 @@ from search.conditions.expressions import parse_comparison
 def config_warnings(config: SweepConfig) -> list[str]:
     """Warnings about settings that are allowed, but probably not meant."""
     return [
+        *_structure_warnings(config),
         *_sampler_warnings(config),
         *_stopping_warnings(config),
         *_space_warnings(config),
         *_training_warnings(config.supernet),
         *supernet_warnings(config.supernet, config.space),
     ]
+
+
+def _structure_warnings(config: SweepConfig) -> Iterator[str]:
+    """Warnings about settings that no method reads with which a supernet may be made."""
+    section = StructureSettings.SECTION
+    swept, own = config.space.get(f"{section}.method"), config.supernet.structure.method
+    methods = [own] if swept is None else [str(value) for value in swept.edge_values()]
+    readers = f"method {own} does not read it" if swept is None else "none of the methods in space reads it"
+    for name, reader in config.supernet.structure.settings().unread(methods):
+        yield f"{section}.{name} has no effect: {readers}; choose method {reader}, or remove it"
 
 
 def _sampler_warnings(config: SweepConfig) -> Iterator[str]:

@@ -233,20 +233,25 @@ def test_a_method_that_the_space_chooses_need_not_stand_in_its_section(sweep: Pa
     assert load(sweep, written).config.supernet.structure.method == "uniform"
 
 
-def test_settings_of_single_methods_must_be_read_by_one_with_which_a_supernet_is_made(sweep: Path) -> None:
+def test_settings_that_none_of_the_methods_reads_are_named(sweep: Path) -> None:
     """A sweep over methods may have settings for each of them."""
     parts = "structure: {targets: [0.5, 1.0], bases: {rounds: 2}, progressive: {threshold: null}}"
     text = HEAD.replace("ds_tiny", f"ds_tiny, {parts}")
 
     def swept(*methods: str) -> str:
         method = f"{{choice: [{', '.join(methods)}]}}"
-        return f"{text}space: {{supernet.structure.method: {method}, gate.target: 0.5}}\nsupernets: {{number: 2}}\n"
+        return f"{text}space: {{supernet.structure.method: {method}, gate.target: {{uniform: [0, 1]}}}}\nsupernets: {{number: 2}}\n"
 
     assert load(sweep, swept("uniform", "multi_base", "progressive")).config.supernet.structure.bases.rounds == 2
-    with pytest.raises(ConfigError, match=r"structure\.progressive: is set, but none of the methods in space reads it"):
-        load(sweep, swept("uniform", "multi_base"))
-    with pytest.raises(ConfigError, match=r"structure\.bases: is set, but method progressive does not read it: choose"):
-        load(sweep, text.replace("structure: {", "structure: {method: progressive, "))
+    assert load(sweep, swept("uniform", "multi_base", "progressive")).warnings == ()
+    (warning,) = load(sweep, swept("uniform", "multi_base")).warnings
+    assert warning == (
+        "supernet.structure.progressive has no effect: none of the methods in space reads it; choose method progressive, or remove it"
+    )
+    loaded = load(sweep, text.replace("structure: {", "structure: {method: progressive, "))
+    assert loaded.warnings == (
+        "supernet.structure.bases has no effect: method progressive does not read it; choose method multi_base, or remove it",
+    )
 
 
 def test_anchors_may_share_settings(sweep: Path) -> None:
