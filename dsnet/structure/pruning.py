@@ -114,4 +114,6 @@ def nearest_width(problem: StructureProblem, group: int, width: int, count: int 
         return width
     step = problem.settings.step
     wanted = max(Fraction(count), Fraction(math.ceil(problem.settings.min_share * width - ROUNDING)))
-    return min((*range(step, width, step), width), key=lambda each: (abs(each - wanted), -each))
+    below = step * (wanted // step)
+    multiples = (each for each in (below, below + step) if step <= each < width)
+    return min((*multiples, width), key=lambda each: (abs(each - wanted), -each))

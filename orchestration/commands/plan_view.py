@@ -15,7 +15,13 @@ from dsnet.space.spec import ChannelGroup, SupernetSpec
 from dsnet.wording import duration, plural, size
 from orchestration.commands.tables import Column, show_table, terminal_width
 from orchestration.commands.terminal import print_json, say
-from orchestration.config.resolve import enqueued_points, resolve_cohort, resolve_cores, resolve_timeout_s
+from orchestration.config.resolve import (
+    enqueued_points,
+    resolve_cohort,
+    resolve_cores,
+    resolve_threads,
+    resolve_timeout_s,
+)
 from orchestration.config.supernet import resolve_regime
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.forecast import Forecast
@@ -129,7 +135,7 @@ def effective_values(config: SweepConfig, prepared: Prepared) -> dict[str, Any]:
         "data.image_size": prepared.image_size,
         **{f"data.splits.{split}": len(prepared.splits[split]) for split in SPLITS},
         "supernet.regime": supernet.regime or "ib",
-        "supernet.threads": max(1, cores // supernet.workers),
+        "supernet.threads": resolve_threads(config, cores),
         "supernet.train.widths": regime.widths,
         "supernet.train.num_random": regime.num_random,
         "supernet.train.teacher": regime.teacher,

@@ -149,6 +149,17 @@ def resolve_side_by_side(config: SweepConfig, bases: Sequence[Base]) -> int:
     return 1 if is_chain else max(1, min(len(bases), config.supernet.structure.concurrent or 1))
 
 
+def resolve_threads(config: SweepConfig, num_cores: int, at_a_time: int = 1) -> int:
+    """Threads of each process that trains a network: `supernet.threads`, or its share of the cores.
+
+    Args:
+        config: configuration of the sweep.
+        num_cores: cores of the machine or of the Ray cluster.
+        at_a_time: number of networks that are trained at a time.
+    """
+    return config.supernet.threads or max(1, num_cores // (config.supernet.workers * at_a_time))
+
+
 def resolve_cores(config: SweepConfig) -> int:
     """`ray.num_cpus`, or the cores that this process may use, which are fewer than the machine has
     in a container or under `taskset`."""

@@ -21,7 +21,7 @@ from dsnet.structure.methods import structure_method
 from dsnet.training.train_cost import training_madds
 from dsnet.training.trial_run import TrialRun, trial_run
 from dsnet.wording import plural
-from orchestration.config.resolve import resolve_cores, resolve_side_by_side, resolve_trials
+from orchestration.config.resolve import resolve_cores, resolve_side_by_side, resolve_threads, resolve_trials
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.preparation import Prepared, latency_settings
 from orchestration.runs.stages import StagePlan
@@ -204,7 +204,7 @@ def _timed(prepared: Prepared, concurrent: int = 1) -> TrialRun:
         training=prepared.training_images(),
         data=prepared.data,
         device=resolve_device(config.supernet.device),
-        threads=config.supernet.threads or max(1, resolve_cores(config) // (config.supernet.workers * concurrent)),
+        threads=resolve_threads(config, resolve_cores(config), concurrent),
         workers=config.supernet.workers,
     )
 

@@ -28,7 +28,7 @@ from dsnet.structure.methods import structure_method
 from dsnet.structure.search import Scorer
 from dsnet.structure.stage import HeldOut, StructureWork
 from dsnet.wording import duration, plural
-from orchestration.config.resolve import resolve_side_by_side
+from orchestration.config.resolve import resolve_side_by_side, resolve_threads
 from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import with_found_structure
 from orchestration.progress import Bar, Task
@@ -106,7 +106,7 @@ class _OnRay:
             folder=folder,
             stop_file=work.run.stop_path,
             device=self._device,
-            threads=config.supernet.threads or max(1, cluster_cpus() // (config.supernet.workers * self.at_a_time)),
+            threads=resolve_threads(config, cluster_cpus(), self.at_a_time),
             workers=config.supernet.workers,
             is_local=config.ray.address == LOCAL,
             init_from=stem,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dsnet.environment import resolve_device
 from dsnet.wording import duration
+from orchestration.config.resolve import resolve_threads
 from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import StartPoint
 from orchestration.progress import Task
@@ -37,7 +38,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
             folder=folder,
             stop_file=run.stop_path,
             device=device,
-            threads=config.supernet.threads or max(1, cluster_cpus() // config.supernet.workers),
+            threads=resolve_threads(config, cluster_cpus()),
             workers=config.supernet.workers,
             is_local=config.ray.address == LOCAL,
             init_from=None if start is None else start.path,

@@ -44,7 +44,7 @@ from dsnet.training.settings import BootstrapSettings, TrainSettings, penalty_pr
 from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL, result_settings
 from dsnet.training.supernet_run import SupernetRun
-from orchestration.config.resolve import conditions, resolve_cores
+from orchestration.config.resolve import conditions, resolve_cores, resolve_threads
 from orchestration.config.space import absolute_targets, possible_routers
 from orchestration.config.stage_keys import Stage, stage_subset
 from orchestration.config.supernet import FROM_DATA, REGIME_KEYS, resolve_regime
@@ -441,14 +441,13 @@ def _adoption(prepared: Prepared) -> Adoption | None:
 
 
 def _open_images(config: SweepConfig) -> ImageSource:
-    data, supernet = config.data, config.supernet
-    num_threads = supernet.threads or max(1, resolve_cores(config) // supernet.workers)
+    data = config.data
     return load_source(
         data.name,
         data.path,
         data.image_size,
         stream=data.stream,
-        num_threads=num_threads,
+        num_threads=resolve_threads(config, resolve_cores(config)),
         crop_fraction=data.crop_fraction,
     )
 

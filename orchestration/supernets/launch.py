@@ -24,7 +24,7 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
 from orchestration.config.export import gate_picks, point_sets
-from orchestration.config.resolve import supernet_space
+from orchestration.config.resolve import resolve_threads, supernet_space
 from orchestration.config.schedulers import check_scheduler
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
@@ -411,7 +411,7 @@ class _SupernetsLaunch:
         if known.keys() == self.members.keys():
             fates = [known[name] for name in self.members]
         else:
-            threads = self.config.supernet.threads or max(1, cluster_cpus() // self.config.supernets.concurrent)
+            threads = resolve_threads(self.config, cluster_cpus(), self.config.supernets.concurrent)
             prepared = _prepared(next(iter(self.members.values())))
             data = prepared.data
             total = sum(entry.epochs for entry in self.records.entries if entry.name in self.members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -192,11 +193,11 @@ def _bases_of_targets(problem: StructureProblem) -> list[tuple[float, Widths]]:
 
 
 def _roomy_share(problem: StructureProblem, ladder: Ladder, target: Target) -> float:
-    """The smallest share, in hundredths, at which a base has `HEADROOM` times a target's MAdds."""
-    for hundredths in range(1, 100):
-        if problem.madds(ladder.widths(Fraction(hundredths, 100))) >= HEADROOM * target.madds:
-            return hundredths / 100
-    return 1.0
+    """The smallest share, in hundredths, at which a base has `HEADROOM` times a target's MAdds, or
+    1."""
+    shares = [Fraction(hundredths, 100) for hundredths in range(1, 101)]
+    place = bisect_left(shares[:-1], HEADROOM * target.madds, key=lambda share: problem.madds(ladder.widths(share)))
+    return float(shares[place])
 
 
 def _base_widths(problem: StructureProblem) -> Iterator[tuple[float, Widths]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,14 @@ def masked_network(net: Supernet, kept: dict[int, list[int]]) -> Supernet:
             if axis is None or name.rpartition(".")[2].startswith(("mean_", "var_")):
                 continue
             keep, start = torch.ones(value.shape[dimension]), 0
-            for group, repeat, present in axis.parts:
-                alive = set().union(*(kept[each] for each in (group, *axis.union))) if group >= 0 else range(present)
+            for (group, repeat, present), stream in zip_longest(axis.parts, axis.streams):
+                if stream is not None:
+                    own = zip(stream.groups, stream.ids, strict=True)
+                    alive = {ids[channel] for writer, ids in own for channel in kept[writer]}
+                else:
+                    alive = (
+                        set().union(*(kept[each] for each in (group, *axis.union))) if group >= 0 else range(present)
+                    )
                 for channel in set(range(present)) - set(alive):
                     keep[start + channel * repeat : start + (channel + 1) * repeat] = 0
                 start += repeat * present

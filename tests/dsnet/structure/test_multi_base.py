@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsnet.errors import ConfigError
-from dsnet.families import rebuild
+from dsnet.families import layout, rebuild
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.network.batchnorm import batch_statistics
 from dsnet.network.supernet import Supernet, restrict
@@ -24,12 +24,13 @@ from dsnet.space.cost import subnet_cost
 from dsnet.structure.method import StructureProblem, Target, Trained, Trainings, Widths
 from dsnet.structure.methods import check_structure, structure_method
 from dsnet.structure.methods.uniform import Ladder
+from dsnet.structure.order import no_order
 from dsnet.structure.pruning import Pruning
 from dsnet.structure.pruning_scores import pruning_scores
-from dsnet.structure.search import sorted_start
+from dsnet.structure.search import SortedStart, sorted_start
 from dsnet.structure.settings import BasesSettings, StructureSettings, without_unread
 from tests.dsnet.cases import FURTHER_OPTIONS
-from tests.dsnet.samples import random_images, random_labels, shaken
+from tests.dsnet.samples import random_images, random_labels, shaken, small_run, task
 from tests.dsnet.structure.problems import find, masked_network, problem_of, toy, untrained
 
 ONE = BasesSettings(widths=(1.0,))
@@ -277,6 +278,38 @@ def test_rounds_prune_residual_streams(family: str, tmp_path: Path) -> None:
     with batch_statistics(whole), torch.no_grad():  # the order of the last round mixes only what was left
         sliced = whole(random_images(4).double(), whole.subnets.at(left))
     torch.testing.assert_close(sliced, logits_of(training.start))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "options", "bases"),
+    [
+        ("resnet50", {"streams": "ids"}, ONE),
+        ("vgg19_gap", {}, ONE),
+        ("mobilenet_v1", {}, BasesSettings()),
+        ("mobilenet_v2", {"streams": "ids"}, BasesSettings()),
+    ],
+)
+def test_members_of_a_whole_network_meet_their_targets_and_are_that_network_without_the_other_channels(
+    model: str, options: dict[str, Any], bases: BasesSettings, tmp_path: Path
+) -> None:
+    subnets = layout(model, task(image_size=32), options)
+    settings = StructureSettings(method="multi_base", targets=(0.2, 0.5), step=4, bases=bases)
+    problem = StructureProblem(subnets, settings, small_run(), 32)
+    check_structure(problem)
+    trained = untrained(problem)
+    wide = trained.network("base_1")
+    found = find(problem, tmp_path, start=SortedStart(wide, no_order(wide)), trained=trained)
+    assert not found.summary["notes"]
+    for target, row in zip(problem.targets, found.summary["subnets"], strict=False):
+        assert row["madds"] == pytest.approx(target.madds, rel=0.01)
+    images, (member, _) = random_images(4, 32), found.subnets.members
+    kept = {group: list(found.orders[group][:width]) for group, width in enumerate(member.widths)}
+    masked = masked_network(wide, kept)
+    with batch_statistics(found.supernet), batch_statistics(masked), torch.no_grad():
+        expected = masked(images, masked.subnets.at(problem.widest))
+        logits = found.supernet(images, member)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.01 * float(expected.std(0).max()))
 
 
 def test_targets_of_one_base_lie_on_one_way_down(tmp_path: Path) -> None:

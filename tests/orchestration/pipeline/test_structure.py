@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,17 +14,30 @@ from typing import Any
 import mlflow
 import pytest
 
+from dsnet.errors import StoppedError
 from dsnet.files import file_sha256
 from dsnet.space.entry_gate import differs_before_gates
 from dsnet.structure.search import scored_candidates
 from orchestration.config.loading import load_config
+from orchestration.pipeline import structure as structure_module
 from orchestration.prepare.preparation import prepare, stage_definitions, supernet_record
 from orchestration.results.run import RunResults
 from orchestration.results.structure import structure_of, training_cost
 from orchestration.results.training_review import facts_of
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StageDir, plan_stages
-from tests.orchestration.samples import SWEEP, TINY, WITHOUT_MLFLOW, Answer, call, results_in, snapshot, write_sweep
+from orchestration.workers.supernet import SupernetJob
+from tests.orchestration.samples import (
+    SWEEP,
+    TINY,
+    WITHOUT_MLFLOW,
+    Answer,
+    Command,
+    call,
+    results_in,
+    snapshot,
+    write_sweep,
+)
 
 STRUCTURE = "{method: greedy, targets: [0.4, 0.7, 1.0], pin: gate, step: 16, levels: 4, holdout: 0.2, epochs: 2}"
 
@@ -150,6 +164,66 @@ def test_bases_that_are_trained_at_the_same_time_are_pruned_and_have_rows(tmp_pa
         row = rows[f"structure {name}"]
         assert row.info.status == "FINISHED"
         assert client.get_metric_history(row.info.run_id, f"loss/{subnet}")
+
+
+BESIDE = "{method: multi_base, targets: [0.4, 1.0], pin: gate, step: 4, epochs: 80, concurrent: 2, bases: {widths: [0.75, 1.0], rounds: 2}}"
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_bases_that_were_killed_while_both_were_trained_end_with_the_same_bits(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    """Also if they are trained one after another: the threads are given."""
+    text = sweep_text(BESIDE).replace("  train:", "  threads: 1\n  train:")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        write_sweep(folder, text)
+    answer = call(whole, "launch", SWEEP, "--set", "supernet.structure.concurrent=1", *WITHOUT_MLFLOW)
+    assert answer.code == 0, answer.err
+
+    def begun(pattern: str) -> set[str]:
+        return {file.parent.name for file in killed.glob(f"runs/tiny/structure/*/bases/*/{pattern}")}
+
+    command = Command(killed, "launch", SWEEP, *WITHOUT_MLFLOW)
+    try:
+        command.wait_for(lambda: len(begun("epoch-*.json")) == 2)
+        command.process.send_signal(signal.SIGKILL)
+        assert command.wait().code == -signal.SIGKILL
+    finally:
+        command.end()
+    assert not begun("final.json"), "both were at work"
+    again = call(killed, "launch", SWEEP, *WITHOUT_MLFLOW)
+    assert again.code == 0, again.err
+    assert begun("final.json") == {"base_0.75", "base_1", "base_0.75_round_1"}
+    stages = [
+        results.run.stage_dir("structure", results.done_key("structure"))
+        for results in (results_in(whole), results_in(killed))
+    ]
+    assert trace(stages[1]) == trace(stages[0])
+    for name in ("structure.safetensors", "bases/base_0.75_round_1/final.safetensors"):
+        assert file_sha256(stages[1] / name) == file_sha256(stages[0] / name)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("settings", "threads"),
+    [((), 4), (("supernet.structure.concurrent=1",), 8), (("supernet.threads=3",), 3)],
+)
+def test_networks_that_are_trained_side_by_side_share_the_cores(
+    settings: tuple[str, ...], threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+) -> None:
+    jobs: list[SupernetJob] = []
+
+    def stop(job: SupernetJob, *data: object, **callbacks: object) -> Path:
+        jobs.append(job)
+        raise StoppedError("stopped by the test")
+
+    monkeypatch.setattr(structure_module, "train_on_ray", stop)
+    monkeypatch.setattr(structure_module, "cluster_cpus", lambda: 8)
+    write_sweep(tmp_path, sweep_text(BESIDE))
+    call(tmp_path, "launch", SWEEP, *WITHOUT_MLFLOW, *(part for setting in settings for part in ("--set", setting)))
+    assert {job.threads for job in jobs} == {threads}
 
 
 @pytest.mark.ray
