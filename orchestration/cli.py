@@ -551,6 +551,53 @@ def predict(
 
 @cli.command()
 @IMPORTS
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port on 127.0.0.1; if it is in use, a free port is taken.",
+)
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Processes with the bundle.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of one batch [default: all CPUs / replicas].")
+@click.option(
+    "--batch", type=click.IntRange(1), default=32, show_default=True, help="Largest number of images in a batch."
+)
+@click.option(
+    "--wait-ms",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="How long an incomplete batch waits for further images.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Images that a replica accepts at a time; further requests get status 503.",
+)
+@click.option(
+    "--max-mib", type=click.IntRange(1), default=16, show_default=True, help="Largest body of a request in MiB."
+)
+@click.option("--budget-madds", "madds_m", type=float, help="Budget of requests without one, in million MAdds.")
+@click.option("--budget-latency", "latency_ms", type=float, help="Budget of requests without one, in ms at batch 1.")
+def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
+    """Answer HTTP requests with a bundle on 127.0.0.1 until Ctrl-C.
+
+    POST an image file, or JSON with pixels, to /predict; /healthz and /metrics (for Prometheus) say
+    how it is. Requests that arrive together are answered in batches.
+    """
+    _quiet_platforms()
+    from orchestration.serving.command import serve_until_stopped
+    from orchestration.serving.settings import ServeSettings
+
+    serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options))
+
+
+@cli.command()
+@IMPORTS
 @RUN
 @RUNS
 def measure(run: str, runs: str) -> None:
