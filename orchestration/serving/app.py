@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from torch import Tensor
 
-from dsnet.deploy.bundle import Bundle, check_bundle_examples, load_bundle
+from dsnet.deploy.bundle import check_bundle_examples
 from dsnet.errors import DsnetError, VerificationError
+from orchestration.serving.loopback import keep_replica_on_loopback
 from orchestration.serving.metrics import CONTENT_TYPE, Tally
 from orchestration.serving.requests import RequestImages, point_of, read_images
+from orchestration.serving.served_bundle import opened
 from orchestration.serving.settings import MIB, ServeSettings
 
 METHODS = {"/": "GET", "/healthz": "GET", "/metrics": "GET", "/predict": "POST"}
@@ -79,20 +82,6 @@ def refusal(status: int, reason: str) -> Response:
     return JSONResponse({"error": reason}, status_code=status, headers=headers)
 
 
-def opened(path: str, settings: ServeSettings, threads: int | None = None) -> Bundle:
-    """The bundle at the operating point of requests without a budget.
-
-    Raises:
-        CheckpointError: it cannot be read.
-        ConfigError: two budgets, or one out of range.
-        NotFoundError: no point is within the budget.
-    """
-    bundle = load_bundle(path, threads=threads)
-    if settings.madds_m is not None or settings.latency_ms is not None:
-        bundle.set_budget(madds_m=settings.madds_m, latency_ms=settings.latency_ms)
-    return bundle
-
-
 class Classifier:
     """One replica.
 
@@ -106,7 +95,8 @@ class Classifier:
         DsnetError: the bundle cannot be read or does not give the answers of its examples.
     """
 
-    def __init__(self, path: str, settings: ServeSettings, threads: int, total: ActorHandle) -> None:
+    def __init__(self, path: Path, settings: ServeSettings, threads: int, total: ActorHandle) -> None:
+        keep_replica_on_loopback()
         torch.set_num_threads(threads)
         self._bundle = opened(path, settings, threads)
         self._settings = settings
@@ -116,8 +106,8 @@ class Classifier:
         self._num_waiting = 0
         self._decoders = ThreadPoolExecutor(_NUM_DECODERS, "decode")
         self._runner = ThreadPoolExecutor(1, "batch")
-        self._classify.set_max_batch_size(settings.max_batch)  # type: ignore[attr-defined] # of serve.batch
-        self._classify.set_batch_wait_timeout_s(settings.wait_ms / 1e3)  # type: ignore[attr-defined]
+        in_batches: Any = serve.batch(max_batch_size=settings.max_batch, batch_wait_timeout_s=settings.wait_ms / 1e3)
+        self._classify: Callable[[Tensor, str], Awaitable[Answer]] = in_batches(self._classify_batch)
         self._num_examples = check_bundle_examples(self._bundle)
         self._checked_at = time.monotonic()
 
@@ -259,10 +249,8 @@ class Classifier:
             )
         return bytes(body)
 
-    @serve.batch
-    async def _classify(self, images: list[Tensor], points: list[str]) -> list[Answer]:
-        """The answers for images [C, H, W], each at its operating point; called with one of each,
-        it waits for the batch."""
+    async def _classify_batch(self, images: list[Tensor], points: list[str]) -> list[Answer]:
+        """The answers for images [C, H, W], each at its operating point."""
         answers = await asyncio.get_running_loop().run_in_executor(self._runner, self._run, images, points)
         self._unsent.batches.add(len(images))
         for point, answer in zip(points, answers, strict=True):

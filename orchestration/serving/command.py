@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dsnet.errors import NotFoundError, PreflightError
 from orchestration.pipeline.signals import wait_for_stop
+from orchestration.serving.served_bundle import opened
 from orchestration.serving.settings import ServeSettings
 from orchestration.tracking.server import LOOPBACK, free_port
 from orchestration.workers.runtime import RaySettings, ray_session
@@ -65,6 +67,7 @@ def serving(path: Path, settings: ServeSettings) -> Iterator[str]:
         )
     if not path.exists():
         raise NotFoundError(f"{path}: no such bundle; make one with: dsnet-orch export RUN --pick knee")
+    opened(path, settings)
     with ray_session(RaySettings(num_cpus=settings.replicas)):
         yield from _started(path.absolute(), settings)
 
@@ -73,14 +76,13 @@ def _started(path: Path, settings: ServeSettings) -> Iterator[str]:
     import ray
     from ray import serve
 
-    from orchestration.serving.app import RETRY_AFTER_S, Classifier, opened
+    from orchestration.serving.app import RETRY_AFTER_S, Classifier
     from orchestration.serving.metrics import Tally
 
-    opened(str(path), settings)  # its errors are known here, without a traceback of a replica
     threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // settings.replicas)
     port = free_port(settings.port)
     total = ray.remote(Tally).options(num_cpus=0, max_restarts=-1).remote()
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         Classifier,
         name=DEPLOYMENT,
         num_replicas=settings.replicas,
@@ -96,11 +98,13 @@ def _started(path: Path, settings: ServeSettings) -> Iterator[str]:
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port}, logging_config=quiet)
-        application = deployment.bind(str(path), settings, threads, total)
+        application = deployment.bind(path, settings, threads, total)
         serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
         raise PreflightError(f"the server did not start: {error}") from error
     try:
         yield f"http://{LOOPBACK}:{port}"
     finally:
-        serve.shutdown()
+        # Requests that a replica has begun are finished; the end of Ray's session ends the rest.
+        # `serve.shutdown` does the same, but lets Ray print an error about its own controller.
+        serve.delete(APPLICATION)

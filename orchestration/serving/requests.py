@@ -80,7 +80,7 @@ def _read_photos(photos: Any, bundle: Bundle) -> RequestImages:
 def _read_pixels(pixels: Any, shape: tuple[int, int, int]) -> RequestImages:
     """One image or a list of images; an image is a nested list, or base64 of its bytes in the order
     [C, H, W]."""
-    is_list = isinstance(pixels, list) and (_depth(pixels) == 4 or isinstance(pixels[0], str))
+    is_list = isinstance(pixels, list) and len(pixels) > 0 and (isinstance(pixels[0], str) or _depth(pixels) == 4)
     images = pixels if is_list else [pixels]
     arrays = [
         _pixels_of(each, shape, f"{PIXELS}[{number}]" if is_list else PIXELS) for number, each in enumerate(images)
