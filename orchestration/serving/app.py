@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from torch import Tensor
 
 from dsnet.deploy.bundle import check_bundle_examples
-from dsnet.errors import DsnetError, VerificationError
+from dsnet.errors import DsnetError
 from orchestration.serving.loopback import keep_replica_on_loopback
 from orchestration.serving.metrics import CONTENT_TYPE, Tally
 from orchestration.serving.requests import RequestImages, point_of, read_images
@@ -148,7 +148,7 @@ class Classifier:
     async def _health(self) -> Response:
         try:
             num_examples = await asyncio.get_running_loop().run_in_executor(self._runner, self._check_examples)
-        except VerificationError as error:
+        except DsnetError as error:
             return refusal(503, str(error))
         return JSONResponse({"status": "ok", "examples": num_examples})
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from dsnet.deploy.bundle import check_bundle_examples
 from dsnet.errors import NotFoundError, PreflightError
 from orchestration.pipeline.signals import wait_for_stop
 from orchestration.serving.served_bundle import opened
@@ -28,6 +29,8 @@ _NUM_FURTHER_CALLS = 32
 and its numbers."""
 _STOP_S = 2.0
 """How long replicas may take to finish what they have begun."""
+_MAX_ATTEMPTS = 3
+"""How often a replica is started that fails at its start."""
 
 
 def serve_until_stopped(path: Path, settings: ServeSettings) -> None:
@@ -58,6 +61,7 @@ def serving(path: Path, settings: ServeSettings) -> Iterator[str]:
         NotFoundError: no bundle there, or no operating point within the budget.
         ConfigError: two budgets, or one out of range.
         CheckpointError: the bundle cannot be read.
+        VerificationError: it does not give the answers of its examples.
         PreflightError: packages are missing, or the server does not start.
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
@@ -67,7 +71,7 @@ def serving(path: Path, settings: ServeSettings) -> Iterator[str]:
         )
     if not path.exists():
         raise NotFoundError(f"{path}: no such bundle; make one with: dsnet-orch export RUN --pick knee")
-    opened(path, settings)
+    check_bundle_examples(opened(path, settings))
     with ray_session(RaySettings(num_cpus=settings.replicas)):
         yield from _started(path.absolute(), settings)
 
@@ -93,6 +97,7 @@ def _started(path: Path, settings: ServeSettings) -> Iterator[str]:
         graceful_shutdown_timeout_s=_STOP_S,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2.0,
+        max_constructor_retry_count=_MAX_ATTEMPTS,
     )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "ERROR", "enable_access_log": False}

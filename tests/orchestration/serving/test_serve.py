@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import urllib.error
@@ -228,7 +229,10 @@ def test_ctrl_c_ends_it_soon_and_completely_and_it_listened_on_localhost_only(se
 
 def test_what_cannot_be_served_is_told_before_anything_starts(tmp_path: Path) -> None:
     bundle = save_served(tmp_path / "bundle")
+    damaged = Path(shutil.copytree(bundle, tmp_path / "damaged"))
+    (damaged / "examples.safetensors").write_bytes(b"nothing")
     for arguments, code, reason in (
+        ([damaged], 3, "examples.safetensors"),
         ([tmp_path / "none"], 9, "no such bundle"),
         ([bundle, "--budget-madds", "1e-9"], 9, "no operating point costs at most"),
         ([bundle, "--budget-madds", "1", "--budget-latency", "1"], 2, "exactly one of"),
