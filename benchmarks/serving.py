@@ -140,7 +140,8 @@ def _client(
     url: str, point: str, bodies: Sequence[bytes], started: float, seconds: float
 ) -> list[tuple[float, float, int]]:
     """One client: (seconds since the start, ms, status) of each answer."""
-    host, answers = urlsplit(url).netloc, []
+    host = urlsplit(url).netloc
+    answers: list[tuple[float, float, int]] = []
     connection = http.client.HTTPConnection(host, timeout=60)
     while not answers or answers[-1][0] < seconds:
         begun = time.perf_counter()
