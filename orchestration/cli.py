@@ -16,6 +16,7 @@ import click
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import DsnetError, StoppedError
 from dsnet.import_path import ALLOW_IMPORTS
+from orchestration.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from dsnet.stop_signals import StopRequest
@@ -555,31 +556,45 @@ def predict(
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
-    default=8000,
+    default=ServeSettings.port,
     show_default=True,
     help="Port on 127.0.0.1; if it is in use, a free port is taken.",
 )
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Processes with the bundle.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=ServeSettings.replicas,
+    show_default=True,
+    help="Processes with the bundle.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of one batch [default: all CPUs / replicas].")
 @click.option(
-    "--batch", type=click.IntRange(1), default=32, show_default=True, help="Largest number of images in a batch."
+    "--batch",
+    type=click.IntRange(1),
+    default=ServeSettings.max_batch,
+    show_default=True,
+    help="Largest number of images in a batch.",
 )
 @click.option(
     "--wait-ms",
     type=click.FloatRange(0),
-    default=5.0,
+    default=ServeSettings.wait_ms,
     show_default=True,
     help="How long an incomplete batch waits for further images.",
 )
 @click.option(
     "--queue",
     type=click.IntRange(1),
-    default=256,
+    default=ServeSettings.max_queue,
     show_default=True,
     help="Images that a replica accepts at a time; further requests get status 503.",
 )
 @click.option(
-    "--max-mib", type=click.IntRange(1), default=16, show_default=True, help="Largest body of a request in MiB."
+    "--max-mib",
+    type=click.IntRange(1),
+    default=ServeSettings.max_mib,
+    show_default=True,
+    help="Largest body of a request in MiB.",
 )
 @click.option("--budget-madds", "madds_m", type=float, help="Budget of requests without one, in million MAdds.")
 @click.option("--budget-latency", "latency_ms", type=float, help="Budget of requests without one, in ms at batch 1.")
@@ -591,7 +606,6 @@ def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
     """
     _quiet_platforms()
     from orchestration.serving.command import serve_until_stopped
-    from orchestration.serving.settings import ServeSettings
 
     serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -40,10 +41,21 @@ def serve_until_stopped(path: Path, settings: ServeSettings) -> None:
         As `serving`.
     """
     click.echo("starting Ray Serve ...", err=True)
-    with serving(path, settings) as url:
+    with _sigterm_like_ctrl_c(), serving(path, settings) as url:
         example = f"curl --data-binary @photo.jpg {shlex.quote(url + '/predict')}"
         click.echo(f"serving {path} at {url}   (try: {example}; stop it with Ctrl-C)")
         wait_for_stop()
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, so that what was started is ended also while the server
+    starts; by default Ray exits without waiting for its processes."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
