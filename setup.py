@@ -64,6 +64,9 @@ setup(
         "dashboard": ["optuna-dashboard>=0.20"],
         "deploy": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "images": ["kaleido>=1.5"],
+        # Of the packages of ray[serve] those that Ray Serve itself needs: the others are for Ray's
+        # dashboard, whose listeners would be started with every cluster.
+        "serve": ["grpcio>=1.85", "grpcio-reflection>=1.85", "starlette>=1.0", "uvicorn>=0.54", "fastapi>=0.165"],
         "test": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",

@@ -16,6 +16,7 @@ import click
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import DsnetError, StoppedError
 from dsnet.import_path import ALLOW_IMPORTS
+from orchestration.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from dsnet.stop_signals import StopRequest
@@ -547,6 +548,66 @@ def predict(
     from orchestration.commands.predict import predict_files
 
     return predict_files(bundle, photos, as_json=as_json, madds_m=madds_m, latency_ms=latency_ms)
+
+
+@cli.command()
+@IMPORTS
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=ServeSettings.port,
+    show_default=True,
+    help="Port on 127.0.0.1; if it is in use, a free port is taken.",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=ServeSettings.replicas,
+    show_default=True,
+    help="Processes with the bundle.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads of one batch [default: all CPUs / replicas].")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=ServeSettings.max_batch,
+    show_default=True,
+    help="Largest number of images in a batch.",
+)
+@click.option(
+    "--wait-ms",
+    type=click.FloatRange(0),
+    default=ServeSettings.wait_ms,
+    show_default=True,
+    help="How long an incomplete batch waits for further images.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(1),
+    default=ServeSettings.max_queue,
+    show_default=True,
+    help="Images that a replica accepts at a time; further requests get status 503.",
+)
+@click.option(
+    "--max-mib",
+    type=click.IntRange(1),
+    default=ServeSettings.max_mib,
+    show_default=True,
+    help="Largest body of a request in MiB.",
+)
+@click.option("--budget-madds", "madds_m", type=float, help="Budget of requests without one, in million MAdds.")
+@click.option("--budget-latency", "latency_ms", type=float, help="Budget of requests without one, in ms at batch 1.")
+def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
+    """Answer HTTP requests with a bundle on 127.0.0.1 until Ctrl-C.
+
+    POST an image file, or JSON with pixels, to /predict; /healthz and /metrics (for Prometheus) say
+    how it is. Requests that arrive together are answered in batches.
+    """
+    _quiet_platforms()
+    from orchestration.serving.command import serve_until_stopped
+
+    serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options))
 
 
 @cli.command()

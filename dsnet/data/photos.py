@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from dsnet.data.decoding import centre_square, read_rgb
+from dsnet.data.decoding import centre_square, decode_rgb, read_rgb
 from dsnet.data.images import resize_images
 from dsnet.data.registry import native_image_size
 from dsnet.errors import DataError
@@ -66,10 +66,25 @@ class PhotoDecoder:
             DataError: The file cannot be read or is no image that Pillow reads; the message names
                 it.
         """
-        image = centre_square(read_rgb(file, photo_formats()), self.native_size, self.crop_fraction)
+        return self._input(read_rgb(file, photo_formats()))
+
+    def decode(self, content: bytes, where: str) -> UInt8[Tensor, "channels size size"]:
+        """Decode the bytes of one photo file, as a call does for a file.
+
+        Args:
+            content: The whole file.
+            where: The photo's name in messages.
+
+        Raises:
+            DataError: The bytes are no image that Pillow reads.
+        """
+        return self._input(decode_rgb(content, where, photo_formats()))
+
+    def _input(self, photo: Image.Image) -> Tensor:
+        image = centre_square(photo, self.native_size, self.crop_fraction)
         pixels = np.asarray(image.convert("L"))[None] if self.channels == 1 else np.asarray(image).transpose(2, 0, 1)
-        photo = torch.from_numpy(pixels.copy())
-        return photo if self.native_size == self.image_size else resize_images(photo[None], self.image_size)[0]
+        decoded = torch.from_numpy(pixels.copy())
+        return decoded if self.native_size == self.image_size else resize_images(decoded[None], self.image_size)[0]
 
     def to_json(self) -> dict[str, Any]:
         """A mapping for `json.dump`."""

@@ -1,0 +1,1 @@
+"""`dsnet-orch serve`: a bundle behind HTTP, on Ray Serve."""
