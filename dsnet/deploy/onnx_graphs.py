@@ -104,6 +104,7 @@ class SegmentGraphs:
     whole: ModelProto
 
     @classmethod
+    @torch.inference_mode(False)  # the exporter takes no tensors of inference mode
     @torch.no_grad()
     def of(cls, supernet: Supernet, parts: Sequence[str], image_size: int) -> SegmentGraphs:
         """Export the segments of a supernet.
