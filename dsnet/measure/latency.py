@@ -135,8 +135,8 @@ class LatencyTable:
     """The device's model and the engine, as `device_name` returns them."""
     threads: int
     subnets: Mapping[int, Mapping[str, Timing]]
-    """batch size -> sub-network -> the whole sub-network as a plain module with folded
-    BatchNorm."""
+    """batch size -> sub-network -> the whole sub-network as a plain module with folded BatchNorm,
+    or as one graph of the engine."""
     trunk: Mapping[int, Timing]
     """n images -> the shared trunk."""
     decide: Mapping[int, Timing]

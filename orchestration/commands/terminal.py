@@ -190,8 +190,8 @@ def _latency_json(latency: DynamicLatency, slot: int) -> dict[str, dict[str, flo
 
 
 def front_content(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The front as JSON: its gates, its optimism, and the accuracy of each kind of router on both
-    splits."""
+    """The front as JSON: its gates, its optimism, the devices that were timed, and the accuracy of
+    each kind of router on both splits."""
     verified = results.verified
     found = None if verified is None else optimism(verified.val, verified.test)
     return {
@@ -201,6 +201,9 @@ def front_content(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> dic
         "test_openings": results.manifest["test_openings"],
         "front": list(rows),
         "optimism": None if found is None else asdict(found),
+        "devices": {}
+        if verified is None
+        else {name: {"device": own.device, "threads": own.threads} for name, own in verified.latencies.items()},
         "routers": {}
         if verified is None
         else {
@@ -366,7 +369,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
 
 def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
     """Print for every device and batch size the estimated latency, which objectives use, and the
-    measured one."""
+    measured one; and what each device and its engine are."""
     timed = [(name, own, size) for name, own in verified.latencies.items() for size in own.gates]
     columns = [
         text
@@ -385,6 +388,8 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
         "it, and measured as a whole"
     )
     show_table(("gate", *columns), lines, title)
+    for name, own in verified.latencies.items():
+        tell(f"{latency_metric(device=name)}: {own.device}, {plural(own.threads, 'thread')}")
 
 
 def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:

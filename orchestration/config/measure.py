@@ -26,7 +26,7 @@ class DeviceConfig(Section):
     """An additional device on which latency is measured."""
 
     device: Device = DeviceSettings.device
-    """auto | cpu | cuda; auto = cuda if available."""
+    """auto | cpu | cuda; auto = cuda if available and the engine is torch."""
     threads: PositiveInt = DeviceSettings.threads
     """Threads during the measurement."""
     engine: Engine = DeviceSettings.engine
@@ -42,7 +42,7 @@ class MeasureConfig(Section):
     """Measurement of the latency of all sub-networks."""
 
     device: Device = LatencySettings.device
-    """auto | cpu | cuda; auto = cuda if available."""
+    """auto | cpu | cuda; auto = cuda if available and the engine is torch."""
     threads: PositiveInt = LatencySettings.threads
     """Threads during the measurement."""
     engine: Engine = LatencySettings.engine
