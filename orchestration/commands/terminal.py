@@ -190,8 +190,8 @@ def _latency_json(latency: DynamicLatency, slot: int) -> dict[str, dict[str, flo
 
 
 def front_content(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The front as JSON: its gates, its optimism, the devices that were timed, and the accuracy of
-    each kind of router on both splits."""
+    """The front as JSON: its gates, its optimism, and the accuracy of each kind of router on both
+    splits."""
     verified = results.verified
     found = None if verified is None else optimism(verified.val, verified.test)
     return {
@@ -201,9 +201,6 @@ def front_content(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> dic
         "test_openings": results.manifest["test_openings"],
         "front": list(rows),
         "optimism": None if found is None else asdict(found),
-        "devices": {}
-        if verified is None
-        else {name: {"device": own.device, "threads": own.threads} for name, own in verified.latencies.items()},
         "routers": {}
         if verified is None
         else {
