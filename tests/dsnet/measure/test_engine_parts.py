@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from dsnet.deploy import engines
-from dsnet.deploy.engines import TORCH, Engine
+from dsnet.deploy.engines import TORCH, Engine, timing_engine
 from dsnet.errors import ConfigError
+from dsnet.families import rebuild
+from dsnet.measure.engine_parts import EngineParts
 from dsnet.measure.latency import LatencyTable, Timing, device_name, measure_latency
 from dsnet.measure.settings import MAIN_DEVICE, DeviceSettings, LatencySettings
 from tests.dsnet.measure.clocked_engine import NAME, STATIC_MS, TAIL_MS, TRUNK_MS, ClockedEngine
+from tests.dsnet.network.test_entry_gate import early_set, lively
 from tests.dsnet.samples import ROUTER_KINDS, small_supernet
 
 QUICK = LatencySettings(batch_sizes=(1, 3), group_sizes=(1, 2), repeats=2, warmup=1, threads=2)
@@ -45,6 +48,23 @@ def test_the_times_are_those_of_the_graphs(monkeypatch: pytest.MonkeyPatch) -> N
         images, logits = engine.last[f"logits_{k}"]
         expected = supernet(torch.from_numpy(images), subnet)
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_graphs_behind_an_entry_gate_are_the_sub_networks() -> None:
+    pytest.importorskip("onnxscript", reason="extra deploy is not installed")
+    pytest.importorskip("onnxruntime", reason="extra deploy is not installed")
+    supernet = lively(rebuild(early_set("ds_tiny")))
+    engine = timing_engine("onnxruntime")
+    assert engine is not None
+    parts = EngineParts.open(supernet, 16, engine, threads=1)
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    features = parts.trunk(images).features
+    torch.testing.assert_close(features, images)
+    for subnet in supernet.subnets:
+        expected = supernet(images, subnet)
+        torch.testing.assert_close(parts.whole[subnet.name](images), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(parts.tails[subnet.name](features), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_device_has_its_engine_and_auto_is_then_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
