@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,15 +36,26 @@ class Engine:
     package: str
     """Its Python package, which is imported when a bundle is loaded."""
     open: Callable[[Path, int], Graph]
-    """Function (file of a graph, number of threads) -> the graph."""
+    """Function (file of a graph, number of threads) -> the graph, which does not need the file any
+    more."""
+    label: str = ""
+    """Its name in tables and reports; empty for `name`."""
 
     @property
     def is_installed(self) -> bool:
         """Whether its package is there."""
         return find_spec(self.package) is not None
 
+    @property
+    def title(self) -> str:
+        """Its label and version, such as `ONNX Runtime 1.20.0`; the package must be installed."""
+        version = getattr(import_module(self.package), "__version__", "")
+        return f"{self.label or self.name} {version}".rstrip()
+
 
 _ENGINES: dict[str, Engine] = {}
+_EXPORT_PACKAGES = ("onnx", "onnxscript")
+"""Packages that write graphs."""
 
 
 def register(engine: Engine) -> Engine:
@@ -97,6 +109,21 @@ def chosen_engine(name: str, has_graphs: bool, on_cpu: bool) -> Engine | None:
     return engine
 
 
+def timing_engine(name: str) -> Engine | None:
+    """The engine with which latency is measured on the CPU; None for torch.
+
+    Raises:
+        ConfigError: there is no such engine, or it or a package that writes its graphs is missing.
+    """
+    engine = chosen_engine(name, has_graphs=True, on_cpu=True)
+    missing = [package for package in _EXPORT_PACKAGES if engine and find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"engine {name}: package {missing[0]} is not installed: pip install 'dsnet-orch[deploy]', or use engine torch"
+        )
+    return engine
+
+
 def _onnxruntime(file: Path, threads: int) -> Graph:
     import onnxruntime
 
@@ -107,4 +134,4 @@ def _onnxruntime(file: Path, threads: int) -> Graph:
     return lambda inputs: session.run(names, inputs)
 
 
-register(Engine("onnxruntime", "onnxruntime", _onnxruntime))
+register(Engine("onnxruntime", "onnxruntime", _onnxruntime, "ONNX Runtime"))

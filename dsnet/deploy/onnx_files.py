@@ -8,10 +8,11 @@ lists the graphs with their SHA-256.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,10 @@ from dsnet.files import atomic_write_json, file_sha256, read_json
 from dsnet.space.route_tree import RouteTree
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from dsnet.deploy.engines import Engine
+    from dsnet.deploy.onnx_graphs import SegmentGraphs
     from dsnet.network.supernet import Supernet
     from dsnet.routers.base import Router
 
@@ -36,7 +40,11 @@ MANY_ROUTES = 8
 """Number of routes above which they share graphs, because each graph has weights of its own."""
 
 
-def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int, folder: Path) -> None:
+TensorCall = Callable[[Tensor], list[Tensor]]
+"""A graph with one input: a tensor on the CPU -> its outputs."""
+
+
+def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int, folder: Path) -> SegmentGraphs:
     """Write the ONNX graphs of a supernet.
 
     Args:
@@ -44,6 +52,9 @@ def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int,
         routers: the routers that run with the graphs.
         image_size: height and width in pixels.
         folder: receives the files.
+
+    Returns:
+        the graphs, from which others can be taken.
 
     Raises:
         DsnetError: the packages are missing, or the network cannot be exported.
@@ -62,6 +73,25 @@ def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int,
     atomic_write_json(
         folder / LISTING, {"version": VERSION, "evidence": parts, "has_tails": has_tails, "graphs": hashes}
     )
+    return graphs
+
+
+def open_model(model: ModelProto, engine: Engine, threads: int) -> TensorCall:
+    """Open a graph with one input in an engine.
+
+    Args:
+        model: the graph.
+        engine: the engine.
+        threads: threads of one call.
+    """
+    with TemporaryDirectory(prefix="dsnet-graph-") as folder:
+        file = Path(folder) / "graph.onnx"
+        file.write_bytes(model.SerializeToString())
+        return _on_tensors(engine.open(file, threads), model.graph.input[0].name)
+
+
+def _on_tensors(graph: Graph, input_name: str) -> TensorCall:
+    return lambda x: [torch.from_numpy(value) for value in graph({input_name: x.contiguous().numpy()})]
 
 
 def _graphs(graphs: Any, has_tails: bool) -> Iterator[tuple[str, Any]]:
@@ -124,8 +154,10 @@ class GraphSegments:
         self._tree = tree
         self._listing = _listing(folder)
         self.shares_segments = not self._listing["has_tails"]
-        self._graphs = {name: engine.open(folder / f"{name}.onnx", threads) for name in self._listing["graphs"]}
-        self._inputs = {name: _input_name(tree, name) for name in self._graphs}
+        self._graphs = {
+            name: _on_tensors(engine.open(folder / f"{name}.onnx", threads), _input_name(tree, name))
+            for name in self._listing["graphs"]
+        }
 
     @cached_property
     def _parts(self) -> tuple[str, ...]:
@@ -133,18 +165,18 @@ class GraphSegments:
 
     def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> GraphOutput:
         """See `Segments.upto_gate`."""
-        features, *parts = self._run(segment_name(gate, node), x)
+        features, *parts = self._graphs[segment_name(gate, node)](x)
         return GraphOutput(features, dict(zip(self._parts, parts, strict=True)))
 
     def head(self, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
         """See `Segments.head`."""
-        (logits,) = self._run(head_name(route), x)
+        (logits,) = self._graphs[head_name(route)](x)
         return logits
 
     def rest(self, gate: int, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
         """See `Segments.rest`."""
         if not self.shares_segments:
-            (logits,) = self._run(tail_name(route), x)
+            (logits,) = self._graphs[tail_name(route)](x)
             return logits
         for later in range(gate, len(self._tree.gates)):
             x = self.upto_gate(later, self._tree.gates[later].node_of[route], x).features
@@ -152,10 +184,6 @@ class GraphSegments:
 
     def check_mode(self) -> None:
         """Do nothing: graphs are always in eval mode."""
-
-    def _run(self, name: str, x: Tensor) -> list[Tensor]:
-        graph: Graph = self._graphs[name]
-        return [torch.from_numpy(value) for value in graph({self._inputs[name]: x.contiguous().numpy()})]
 
 
 def _listing(folder: Path) -> Mapping[str, Any]:

@@ -105,6 +105,7 @@ class SegmentGraphs:
     whole: ModelProto
 
     @classmethod
+    @torch.inference_mode(False)  # the exporter takes no tensors of inference mode
     @torch.no_grad()
     def of(cls, supernet: Supernet, parts: Sequence[str], image_size: int) -> SegmentGraphs:
         """Export the segments of a supernet.
@@ -171,7 +172,21 @@ def _exported(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> Mod
         raise DsnetError(f"the network cannot be exported to ONNX: {first}") from error
     assert program is not None
     model: ModelProto = program.model_proto
+    _read_through_entry(model)
     return model
+
+
+def _read_through_entry(model: ModelProto) -> None:
+    """Let every node read the features of an entry gate in place of the images, which are the same,
+    so that the segments after this gate can be taken from the graph."""
+    nodes = model.graph.node
+    entry = next((node for node in nodes if node.op_type == "Identity" and node.input[0] == IMAGES), None)
+    if entry is None:
+        return
+    nodes.remove(entry)
+    for node in nodes:
+        node.input[:] = [entry.output[0] if name == IMAGES else name for name in node.input]
+    nodes.insert(0, entry)
 
 
 @contextmanager

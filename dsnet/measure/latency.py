@@ -12,16 +12,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from numpy.typing import NDArray
+from torch import nn
 
+from dsnet.deploy.engines import Engine, timing_engine
 from dsnet.deploy.materialize import PlainSubnet
 from dsnet.deploy.segments import CutSegments
 from dsnet.measure.decision_timing import decision_calls
+from dsnet.measure.engine_parts import EngineParts
 from dsnet.measure.settings import MAIN_DEVICE, LatencySettings
 from dsnet.metrics import DEVICE_NAME_PATTERN
 from dsnet.network.supernet import Supernet
@@ -129,11 +132,11 @@ class LatencyTable:
     (docs/definitions.md, Latency)."""
 
     device: str
-    """The device's model, as `device_name` returns it."""
+    """The device's model and the engine, as `device_name` returns them."""
     threads: int
     subnets: Mapping[int, Mapping[str, Timing]]
-    """batch size -> sub-network -> the whole sub-network as a plain module with folded
-    BatchNorm."""
+    """batch size -> sub-network -> the whole sub-network as a plain module with folded BatchNorm,
+    or as one graph of the engine."""
     trunk: Mapping[int, Timing]
     """n images -> the shared trunk."""
     decide: Mapping[int, Timing]
@@ -266,9 +269,14 @@ def _binomials(count: int, shares: NDArray[np.float64]) -> NDArray[np.float64]:
     return chances
 
 
-def device_name(device: torch.device | str) -> str:
+def device_name(device: torch.device | str, engine: Engine | None = None) -> str:
     """The model of the device: the name of the GPU, or that of the processor and the number of
-    usable cores."""
+    usable cores; and the engine that runs on it, if it is not torch."""
+    model = _device_model(device)
+    return model if engine is None else f"{model}, {engine.title}"
+
+
+def _device_model(device: torch.device | str) -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -349,14 +357,20 @@ def measure_latency(
         supernet: trained; paths through several gates are timed as sequences of the segments that
             they share.
         image_size: side in pixels.
-        settings: device, threads, sizes, repeats.
+        settings: device, engine, threads, sizes, repeats.
         on_progress: called with (sizes done, sizes in all).
         before_each: called, untimed, before every timed call; it may raise to stop.
         budget_s: seconds for all sizes together, shared evenly; many paths or large images then
             have fewer repeats than `settings` asks for.
+
+    Raises:
+        ConfigError: the package of the engine is not installed.
+        DsnetError: the network cannot be exported for the engine.
     """
-    device = torch.device(settings.device)
-    parts = _Parts(supernet.to(device).eval(), image_size, device)
+    device, engine = torch.device(settings.device), timing_engine(settings.engine)
+    supernet = supernet.to(device).eval()
+    graphs = None if engine is None else EngineParts.open(supernet, image_size, engine, settings.threads)
+    parts = _Parts(supernet, image_size, device, graphs)
     total = settings.num_rounds
     done = 0
 
@@ -384,7 +398,7 @@ def measure_latency(
     kinds = [name.removeprefix(DECIDE) for name in rows[1] if name.startswith(DECIDE)]
     decisions = {kind: {size: row.pop(DECIDE + kind) for size, row in rows.items()} for kind in kinds}
     return LatencyTable(
-        device=device_name(device),
+        device=device_name(device, engine),
         threads=settings.threads,
         subnets=subnets,
         trunk={size: row.pop(TRUNK) for size, row in rows.items()},
@@ -396,16 +410,17 @@ def measure_latency(
 
 
 class _Parts:
-    """The modules to time: tails and whole sub-networks, composed of shared segments; all modules
-    of a call get the same random images."""
+    """What is timed: trunk, tails and whole sub-networks, as modules composed of shared segments or
+    as the graphs of an engine, and decisions, which run in torch with every engine; all calls of a
+    batch size get the same random images."""
 
-    def __init__(self, supernet: Supernet, image_size: int, device: torch.device) -> None:
-        members = supernet.subnets.members
+    def __init__(
+        self, supernet: Supernet, image_size: int, device: torch.device, graphs: EngineParts | None = None
+    ) -> None:
         self.spec = supernet.spec
         self.segments = CutSegments(supernet, RouteTree.of(supernet.subnets))
-        self.trunk = self.segments.trunk
-        self.tails = {subnet.name: self.segments.tail(route) for route, subnet in enumerate(members)}
-        self.whole = {name: PlainSubnet(self.trunk, tail).eval() for name, tail in self.tails.items()}
+        parts = graphs or _torch_parts(supernet, self.segments)
+        self.trunk, self.tails, self.whole = parts.trunk, parts.tails, parts.whole
         self.generator = torch.Generator().manual_seed(0)
         self.shape = (supernet.spec.in_channels, image_size, image_size)
         self.device = device
@@ -422,17 +437,29 @@ class _Parts:
         """Calls of every tail, of the trunk and of the decisions of each kind of router, on `size`
         images."""
         images = self._images(size)
-        output = self.trunk(images)
-        calls: dict[str, Callable[[], object]] = {
-            name: _bind(tail, output.features) for name, tail in self.tails.items()
-        }
-        logits = next(iter(self.tails.values()))(output.features)
-        decisions = decision_calls(self.spec, self.segments, output, logits)
+        features = self.trunk(images).features
+        calls: dict[str, Callable[[], object]] = {name: _bind(tail, features) for name, tail in self.tails.items()}
+        logits = next(iter(self.tails.values()))(features)
+        decisions = decision_calls(self.spec, self.segments, self.segments.trunk(images), logits)
         return {
             **calls,
             TRUNK: _bind(self.trunk, images),
             **{DECIDE + kind: decide for kind, decide in decisions.items()},
         }
+
+
+class _TorchParts(NamedTuple):
+    """See `EngineParts`."""
+
+    trunk: nn.Module
+    tails: Mapping[str, nn.Module]
+    whole: Mapping[str, nn.Module]
+
+
+def _torch_parts(supernet: Supernet, segments: CutSegments) -> _TorchParts:
+    tails = {subnet.name: segments.tail(route) for route, subnet in enumerate(supernet.subnets.members)}
+    whole = {name: PlainSubnet(segments.trunk, tail).eval() for name, tail in tails.items()}
+    return _TorchParts(segments.trunk, tails, whole)
 
 
 def _bind(module: Callable[[torch.Tensor], object], argument: torch.Tensor) -> Callable[[], object]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import MinLen
 
+from dsnet.deploy.engines import TORCH, engine_names, timing_engine
 from dsnet.metrics import DEVICE_NAME_PATTERN
-from dsnet.settings import Device, NonNegativeInt, PositiveInt, SettingError, Settings, check_fields
+from dsnet.settings import Device, NonNegativeInt, OneOf, PositiveInt, SettingError, Settings, check_fields
 from dsnet.wording import shown
 
 MAIN_DEVICE = ""
 """The name of the device of `measure.device`, beside the names in `measure.devices`."""
 Sizes = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 """Numbers of images per call, increasing."""
+EngineName = Annotated[str, OneOf(engine_names)]
+"""Name of what runs the networks: torch, or an engine for ONNX graphs (`dsnet.deploy.engines`)."""
 
 
 def device_name_problem(name: str) -> str | None:
@@ -38,12 +41,21 @@ def sizes_problem(name: str, sizes: Sequence[int]) -> str | None:
     return None
 
 
+def engine_problem(engine: str, device: Device) -> str | None:
+    """The problem with an engine on a device, as a phrase for a message; None if there is none."""
+    if engine == TORCH or device != "cuda":
+        return None
+    return f"engine {engine} runs on the CPU only, but device is cuda; write device: cpu, or engine: {TORCH}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
     """Settings of a further device on which everything is timed."""
 
     device: Device = "cpu"
+    """`auto` is the CPU with every engine but torch."""
     threads: PositiveInt = 1
+    engine: EngineName = TORCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +66,7 @@ class LatencySettings(Settings):
 
     device: Device = "cpu"
     threads: PositiveInt = 1
+    engine: EngineName = TORCH
     devices: Mapping[str, DeviceSettings] = field(default_factory=dict)
     """Name -> further device; everything is timed on each of them as on the main one."""
     batch_sizes: Sizes = (1, 64)
@@ -65,11 +78,17 @@ class LatencySettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        own_problem = engine_problem(self.engine, self.device)
+        if own_problem is not None:
+            raise SettingError(f"measure.engine: {own_problem}")
         for name, further in self.devices.items():
             problem = device_name_problem(name)
             if problem is not None:
                 raise SettingError(f"measure.devices: {problem}")
             check_fields(further, f"measure.devices.{name}.{{}}".format)
+            problem = engine_problem(further.engine, further.device)
+            if problem is not None:
+                raise SettingError(f"measure.devices.{name}.engine: {problem}")
         for name in ("batch_sizes", "group_sizes"):
             problem = sizes_problem(name, getattr(self, name))
             if problem is not None:
@@ -85,9 +104,24 @@ class LatencySettings(Settings):
 
         Args:
             resolve: maps a device setting to `cpu` or `cuda`.
+
+        Raises:
+            ConfigError: the package of an engine is not installed.
         """
-        further = {
-            name: replace(self, device=resolve(own.device), threads=own.threads, devices={})
-            for name, own in self.devices.items()
-        }
-        return {MAIN_DEVICE: replace(self, device=resolve(self.device), devices={}), **further}
+
+        def alone(own: LatencySettings | DeviceSettings) -> LatencySettings:
+            device: Device = resolve(own.device) if timing_engine(own.engine) is None else "cpu"
+            return replace(self, device=device, threads=own.threads, engine=own.engine, devices={})
+
+        return {MAIN_DEVICE: alone(self), **{name: alone(own) for name, own in self.devices.items()}}
+
+
+def without_default_engines(measure: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a section `measure` without every `engine` that is torch, as before there was
+    this setting; `devices` stay."""
+    devices = {name: _without_torch(own) for name, own in measure["devices"].items()}
+    return _without_torch({**measure, "devices": devices})
+
+
+def _without_torch(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if (key, value) != ("engine", TORCH)}

@@ -13,7 +13,7 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.settings import DataSettings, DescribedImages
 from dsnet.dotted import flatten
 from dsnet.errors import ConfigError
-from dsnet.measure.settings import LatencySettings
+from dsnet.measure.settings import LatencySettings, without_default_engines
 from dsnet.settings import DEFAULT_SEED, Seed, SettingError, Settings
 from dsnet.strict_json import read_strictly
 from dsnet.structure.settings import StructureSettings, without_unread
@@ -85,6 +85,7 @@ class StandaloneConfig(Settings):
             plain["supernet"]["structure"] = without_unread(plain["supernet"]["structure"])
         if self.data.normalization is None:
             del plain["data"]["normalization"]
+        plain["measure"] = without_default_engines(plain["measure"])
         return plain
 
     @classmethod

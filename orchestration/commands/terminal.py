@@ -366,7 +366,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
 
 def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
     """Print for every device and batch size the estimated latency, which objectives use, and the
-    measured one."""
+    measured one; and what each device and its engine are."""
     timed = [(name, own, size) for name, own in verified.latencies.items() for size in own.gates]
     columns = [
         text
@@ -385,6 +385,8 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
         "it, and measured as a whole"
     )
     show_table(("gate", *columns), lines, title)
+    for name, own in verified.latencies.items():
+        tell(f"{latency_metric(device=name)}: {own.device}, {plural(own.threads, 'thread')}")
 
 
 def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:

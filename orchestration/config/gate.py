@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+from pydantic import Field, model_validator
 
 from dsnet.gates.settings import (
     ComplexityForm,
@@ -28,30 +26,9 @@ from dsnet.settings import (
     PositiveInt,
     WeightDecay,
 )
-from orchestration.config.section import BrokenRule, Section, refuse
+from orchestration.config.section import BrokenRule, Known, Section, refuse
 
-
-class _KnownKind:
-    """Names of the registered kinds of router, those of plugins too."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(cls._check, core_schema.str_schema(strict=True))
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": list(kind_names()), "type": "string"}
-
-    @staticmethod
-    def _check(name: str) -> str:
-        known = kind_names()
-        if name not in known:
-            expected = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
-            raise PydanticKnownError("literal_error", {"expected": expected})
-        return name
-
-
-Router = Annotated[RouterName, _KnownKind]
+Router = Annotated[RouterName, Known(kind_names)]
 
 
 class RoutingConfig(Section):

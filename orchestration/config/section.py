@@ -11,7 +11,7 @@ checked when an object is built. The only exception: a whole number is accepted 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -20,12 +20,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainValidator,
     StringConstraints,
     WithJsonSchema,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from dsnet.wording import shown
 
@@ -62,6 +65,29 @@ def _printable(text: str) -> str:
 
 
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Addition to the type of a text: it must be one of some names that are known at run time,
+    such as registered ones."""
+
+    names: Callable[[], Sequence[str]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, core_schema.str_schema(strict=True))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(self.names()), "type": "string"}
+
+    def _check(self, name: str) -> str:
+        known = self.names()
+        if name not in known:
+            expected = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return name
+
+
 FROM_LIST = Field(strict=False)
 """Addition to the type of a tuple: YAML and JSON have lists only; the list becomes a tuple, its
 items stay strict."""

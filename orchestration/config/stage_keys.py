@@ -9,6 +9,7 @@ from pydantic import (
     JsonValue,
 )
 
+from dsnet.measure.settings import without_default_engines
 from dsnet.structure.settings import without_unread
 from dsnet.training.settings import without_added, without_published
 from orchestration.config.resolve import enqueued_points, halving_rungs, resolve_cohort, resolve_space
@@ -78,9 +79,12 @@ def _normalization(config: SweepConfig) -> dict[str, Any]:
 
 
 def _measure_subset(config: SweepConfig) -> dict[str, JsonValue]:
-    """The measurement settings, without `devices` if there are none, so that keys from before that
-    setting stay valid."""
-    return config.measure.model_dump(mode="json", exclude=set() if config.measure.devices else {"devices"})
+    """The measurement settings, without `devices` if there are none and without an `engine` that is
+    torch, so that keys from before these settings stay valid."""
+    subset = without_default_engines(config.measure.model_dump(mode="json"))
+    if not subset["devices"]:
+        del subset["devices"]
+    return subset
 
 
 def _search_subset(config: SweepConfig) -> dict[str, JsonValue]:

@@ -4,6 +4,8 @@ routing tables."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,10 @@ from torch import Tensor
 
 from dsnet.data.normalization import Normalization
 from dsnet.deploy.dynamic import DynamicNet
+from dsnet.deploy.engines import Engine, timing_engine
 from dsnet.deploy.materialize import materialize
+from dsnet.deploy.onnx_files import GraphSegments, open_model, write_graphs
+from dsnet.deploy.segments import Segments
 from dsnet.errors import VerificationError
 from dsnet.measure.latency import MachineLoad, Timing, device_name, time_interleaved, waiter
 from dsnet.measure.settings import LatencySettings
@@ -23,6 +28,7 @@ from dsnet.routers.base import Router
 from dsnet.routing.retrace import Retrace
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.space.route_tree import RouteTree
 from orchestration.results.verified import Agreement, DynamicLatency
 
 CLASS_TIE = 1e-4
@@ -135,19 +141,28 @@ def time_front(
         routers: by slot.
         images: uint8 [N, C, H, W] of a split: routes depend on the images.
         normalization: normalisation with which the supernet was trained.
-        settings: device, threads, batch sizes, repeats.
+        settings: device, engine, threads, batch sizes, repeats.
         before_each: called, untimed, before every timed call; it may raise to abort.
         split: name of the split of these images.
+
+    Raises:
+        ConfigError: the package of the engine is not installed.
+        DsnetError: the network cannot be exported for the engine.
     """
     device = torch.device(settings.device)
     supernet = supernet.to(device).eval()
     order = supernet.subnets.by_madds(images.shape[-1])
+    engine = timing_engine(settings.engine)
+    if engine is None:
+        networks = _in_torch(supernet)
+    else:
+        networks = _in_engine(supernet, list(routers.values()), images.shape[-1], engine, settings.threads)
     nets: dict[str, Callable[[Tensor], object]] = {}
     if routers:
-        shared = DynamicNet(supernet, next(iter(routers.values())), image_size=images.shape[-1])
+        first = next(iter(routers.values()))
+        shared = DynamicNet(supernet, first, image_size=images.shape[-1], segments=networks.segments)
         nets |= {str(slot): shared.with_router(router) for slot, router in routers.items()}
-    nets["widest"] = materialize(supernet, supernet.subnets[order[-1]], fold_bn=True)
-    nets["cheapest"] = materialize(supernet, supernet.subnets[order[0]], fold_bn=True)
+    nets["widest"], nets["cheapest"] = networks.static(order[-1]), networks.static(order[0])
     synchronize = waiter(device)
     timings: dict[int, dict[str, Timing]] = {}
     threads_before = torch.get_num_threads()
@@ -170,7 +185,7 @@ def time_front(
     finally:
         torch.set_num_threads(threads_before)
     return DynamicLatency(
-        device_name(device),
+        device_name(device, engine),
         settings.threads,
         {size: {slot: row[str(slot)] for slot in routers} for size, row in timings.items()},
         {size: row["widest"] for size, row in timings.items()},
@@ -178,6 +193,30 @@ def time_front(
         split=split,
         load=MachineLoad.now(),
     )
+
+
+class _Networks(NamedTuple):
+    """The networks of one engine."""
+
+    segments: Segments | None
+    """Segments for a dynamic network; None for those of the supernet's own weights."""
+    static: Callable[[int], Callable[[Tensor], object]]
+    """Route -> its static sub-network."""
+
+
+def _in_torch(supernet: Supernet) -> _Networks:
+    return _Networks(None, lambda route: materialize(supernet, supernet.subnets[route], fold_bn=True))
+
+
+def _in_engine(
+    supernet: Supernet, routers: Sequence[Router], image_size: int, engine: Engine, threads: int
+) -> _Networks:
+    """The graphs that a bundle with these routers has, and static sub-networks without any gate."""
+    with TemporaryDirectory(prefix="dsnet-graphs-") as name:
+        folder = Path(name)
+        graphs = write_graphs(supernet, routers, image_size, folder)
+        segments = GraphSegments(folder, RouteTree.of(supernet.subnets), engine, threads)
+    return _Networks(segments, lambda route: open_model(graphs.static(route), engine, threads))
 
 
 def _batches(images: Tensor, size: int) -> list[Tensor]:

@@ -495,9 +495,10 @@ def latency_settings(config: SweepConfig) -> dict[str, LatencySettings]:
 
     Raises:
         PreflightError: a device is not there.
+        ConfigError: the package of an engine is not installed.
     """
     measure = config.measure
-    devices = {name: DeviceSettings(device=own.device, threads=own.threads) for name, own in measure.devices.items()}
+    devices = {name: DeviceSettings(**own.model_dump()) for name, own in measure.devices.items()}
     return LatencySettings(**{**measure.model_dump(), "devices": devices}).by_device(resolve_device)
 
 

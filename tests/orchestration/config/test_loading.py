@@ -343,6 +343,18 @@ BAD_VALUES = [
         "5:33: measure.devices.a.device: unknown device 'gpu'; did you mean 'cuda'?",
     ),
     (
+        "measure: {engine: onnxruntme}",
+        "5:19: measure.engine: unknown engine 'onnxruntme'; did you mean 'onnxruntime'? known: onnxruntime, torch",
+    ),
+    (
+        "measure: {device: cuda, engine: onnxruntime}",
+        "5:33: measure.engine: engine onnxruntime runs on the CPU only, but device is cuda; write device: cpu, or engine: torch",
+    ),
+    (
+        "measure: {devices: {a: {device: cuda, engine: onnxruntime}}}",
+        "5:47: measure.devices.a.engine: engine onnxruntime runs on the CPU only",
+    ),
+    (
         "metrics: [{name: top1, goal: maximize}, {name: latency_ms.a, goal: minimize}]",
         "5:48: metrics.1.name: 'latency_ms.a' is measured on no device 'a'; measure.devices names none",
     ),

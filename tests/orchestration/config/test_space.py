@@ -102,6 +102,16 @@ def test_devices_enter_the_keys_of_measure_and_verify_only_where_there_are_some(
     assert stage_subset(none, "search") == stage_subset(some, "search")
 
 
+def test_an_engine_enters_these_keys_only_where_it_is_not_torch() -> None:
+    for wrap in (lambda own: own, lambda own: {"devices": {"server": own}}):
+        none, torch, other = (build(measure=wrap(own)) for own in ({}, {"engine": "torch"}, {"engine": "onnxruntime"}))
+        for stage in ("measure", "verify"):
+            assert "engine" not in str(stage_subset(none, stage))  # type: ignore[arg-type]
+            assert stage_subset(none, stage) == stage_subset(torch, stage)  # type: ignore[arg-type]
+            assert stage_subset(none, stage) != stage_subset(other, stage)  # type: ignore[arg-type]
+        assert stage_subset(none, "search") == stage_subset(other, "search")
+
+
 # ---- constraints
 
 

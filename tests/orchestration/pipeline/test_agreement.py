@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from dsnet.data.tensors import TensorData
+from dsnet.deploy.dynamic import DynamicNet
 from dsnet.errors import VerificationError
 from dsnet.files import atomic_write_json
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.measure.latency import measure_latency
+from dsnet.measure.latency import device_name, measure_latency
 from dsnet.measure.settings import LatencySettings
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
@@ -25,7 +26,7 @@ from dsnet.routers.cascade import CascadeRouter
 from dsnet.routers.gate import GateRouter
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
-from orchestration.pipeline.agreement import CLASS_TIE, check_agreement, time_front
+from orchestration.pipeline.agreement import CLASS_TIE, _batches, check_agreement, time_front
 from orchestration.pipeline.verify import known_agreements
 from orchestration.results.verified import Agreement, DynamicLatency
 from orchestration.runs.folder import RunDir
@@ -33,6 +34,7 @@ from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDefinition, plan_stage, run_stage
 from search.front.analysis import analyse_split
 from search.front.ceiling import RouteForecast
+from tests.dsnet.measure.clocked_engine import NAME, STATIC_MS, TAIL_MS, TRUNK_MS, ClockedEngine
 from tests.dsnet.samples import (
     NORMALIZATION,
     ROUTER_KINDS,
@@ -227,6 +229,29 @@ def test_the_front_is_timed_beside_the_static_extremes_at_every_batch_size(
     assert all(timing.median_ms > 0 and timing.repeats == 2 for timing in timings)
     assert torch.get_num_threads() == threads
     assert DynamicLatency.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 8])
+def test_the_front_and_the_extremes_are_timed_as_graphs_of_the_engine(
+    supernet: Supernet, router: GateRouter, data: TensorData, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    pytest.importorskip("onnxscript", reason="extra deploy is not installed")
+    images = data.images("val")
+    with monkeypatch.context() as patch:
+        engine = ClockedEngine(patch)
+        settings = LatencySettings(batch_sizes=(size,), repeats=1, warmup=0, engine=NAME, threads=2)
+        found = time_front(supernet, {3: router}, images, NORMALIZATION, settings)
+    assert found.device == f"{device_name('cpu')}, {engine.title}"
+    assert engine.threads == {2}
+    cheapest, *_, widest = supernet.subnets.by_madds()
+    assert found.widest[size].median_ms == pytest.approx(size * (STATIC_MS + widest))
+    assert found.cheapest[size].median_ms == pytest.approx(size * (STATIC_MS + cheapest))
+    net = DynamicNet(supernet, router)
+    routes = [net(NORMALIZATION.apply(batch)).routes for batch in _batches(images, size)]
+    assert len(torch.cat(routes).unique()) > 1
+    expected = torch.cat(routes).double().mean() + TRUNK_MS + TAIL_MS
+    assert found.gates[size][3].median_ms == pytest.approx(size * float(expected))
 
 
 @pytest.mark.slow

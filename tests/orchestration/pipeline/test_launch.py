@@ -14,10 +14,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from dsnet.arithmetic import arithmetic_facts
+from dsnet.deploy.engines import graph_engines
 from dsnet.errors import StoppedError
 from dsnet.gates.fit import score_run
+from dsnet.measure.latency import device_name
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
+from orchestration.commands.planning import prepare_again
+from orchestration.pipeline.claims import bundle_claims
 from orchestration.pipeline.context import Launch
 from orchestration.progress import read_task_state
 from orchestration.runs.folder import mlflow_store_uri
@@ -274,6 +278,31 @@ def test_another_space_starts_a_new_study_beside_the_old_one_and_the_way_back_fi
     back = results_in(folder)
     assert back.records == old.records
     assert back.verified == old.verified
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_device_with_an_engine_says_so_in_tables_report_and_claims(finished: Finished, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="extra deploy is not installed")
+    pytest.importorskip("onnxscript", reason="extra deploy is not installed")
+    folder = finished.copy(tmp_path)
+    write_sweep(folder, TINY.replace("measure: {", "measure: {engine: onnxruntime, "), "engine.yaml")
+    answer = call(folder, "launch", "engine.yaml", "--trials", "4", *WITHOUT_MLFLOW)
+    assert answer.code == 0, answer.err
+    new, old = results_in(folder), finished.results
+    assert new.stage_key("supernet") == old.stage_key("supernet")
+    assert new.stage_key("measure") != old.stage_key("measure")
+    (engine,) = (engine for engine in graph_engines() if engine.name == "onnxruntime")
+    named = {"": f"{device_name('cpu')}, {engine.title}", "two": device_name("cpu")}
+    assert {name: table.device for name, table in new.latencies.items()} == named
+    assert new.verified is not None
+    assert {name: latency.device for name, latency in new.verified.latencies.items()} == named
+    assert f"latency_ms: {named['']}, 1 thread" in " ".join(call(folder, "pareto", "tiny").out.split())
+    assert engine.title in new.run.report_html.read_text(encoding="utf-8")
+    claims = bundle_claims(prepare_again(new), new, new.front[0])
+    assert claims["latency"]["device"] == named[""]
+    assert call(folder, "launch", SWEEP, *WITHOUT_MLFLOW).code == 0
+    assert results_in(folder).verified == old.verified
 
 
 def test_results_below_a_stage_that_is_being_redone_are_not_shown_as_current(
