@@ -65,13 +65,13 @@ def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int,
     graphs = SegmentGraphs.of(supernet, parts, image_size)
     tree = graphs.names.tree
     has_tails = tree.num_routes <= MANY_ROUTES and all(router.num_gates == 1 for router in routers)
-    hashes = {}
+    written = {}
     for name, model in _graphs(graphs, has_tails):
         file = folder / f"{name}.onnx"
         file.write_bytes(model.SerializeToString())
-        hashes[name] = file_sha256(file)
+        written[name] = {"input": model.graph.input[0].name, "sha256": file_sha256(file)}
     atomic_write_json(
-        folder / LISTING, {"version": VERSION, "evidence": parts, "has_tails": has_tails, "graphs": hashes}
+        folder / LISTING, {"version": VERSION, "evidence": parts, "has_tails": has_tails, "graphs": written}
     )
     return graphs
 
@@ -94,9 +94,9 @@ def _on_tensors(graph: Graph, input_name: str) -> TensorCall:
     return lambda x: [torch.from_numpy(value) for value in graph({input_name: x.contiguous().numpy()})]
 
 
-def _graphs(graphs: Any, has_tails: bool) -> Iterator[tuple[str, Any]]:
+def _graphs(graphs: SegmentGraphs, has_tails: bool) -> Iterator[tuple[str, ModelProto]]:
     """Every graph with its name."""
-    tree: RouteTree = graphs.names.tree
+    tree = graphs.names.tree
     for gate, branches in enumerate(tree.gates[:1] if has_tails else tree.gates):
         for node in range(branches.num_nodes):
             yield segment_name(gate, node), graphs.segment(gate, node)
@@ -155,8 +155,8 @@ class GraphSegments:
         self._listing = _listing(folder)
         self.shares_segments = not self._listing["has_tails"]
         self._graphs = {
-            name: _on_tensors(engine.open(folder / f"{name}.onnx", threads), _input_name(tree, name))
-            for name in self._listing["graphs"]
+            name: _on_tensors(engine.open(folder / f"{name}.onnx", threads), own["input"])
+            for name, own in self._listing["graphs"].items()
         }
 
     @cached_property
@@ -192,20 +192,8 @@ def _listing(folder: Path) -> Mapping[str, Any]:
     listing: Mapping[str, Any] = read_json(path)
     if listing.get("version") != VERSION:
         raise CheckpointError(f"{path}: version {listing.get('version')!r}, but this release reads {VERSION}")
-    for name, expected in listing["graphs"].items():
+    for name, own in listing["graphs"].items():
         file = folder / f"{name}.onnx"
-        if not file.is_file() or file_sha256(file) != expected:
+        if not file.is_file() or file_sha256(file) != own["sha256"]:
             raise CheckpointError(f"{file}: missing, or not the file that was exported; export the bundle again")
     return listing
-
-
-def _input_name(tree: RouteTree, name: str) -> str:
-    """The name of the input of a graph."""
-    from dsnet.deploy.onnx_graphs import Names
-
-    kind, *numbers = name.split("-")
-    names, (first, *more) = Names(tree), map(int, numbers)
-    if kind == "segment":
-        return names.before(first, more[0])
-    gate = 0 if kind == "tail" else len(tree.gates) - 1
-    return names.features(gate, tree.gates[gate].node_of[first])
