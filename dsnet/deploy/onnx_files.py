@@ -40,7 +40,7 @@ MANY_ROUTES = 8
 """Number of routes above which they share graphs, because each graph has weights of its own."""
 
 
-TensorCall = Callable[[Tensor], list[Tensor]]
+TensorCall = Callable[[Float[Tensor, "batch ..."]], list[Float[Tensor, "batch ..."]]]
 """A graph with one input: a tensor on the CPU -> its outputs."""
 
 
