@@ -74,7 +74,7 @@ class Arm:
     """One way of getting sub-networks."""
 
     label: str
-    """What it does, for the report."""
+    """Description of the way in the report."""
     method: str = "uniform"
     """The source of the widths: a structure method, or `random`."""
     regime: Regime

@@ -78,7 +78,7 @@ class Bundle:
     device: torch.device
     """The device on which it runs."""
     engine: str
-    """What runs the network: `torch`, or the name of another engine (`dsnet.deploy.engines`)."""
+    """Name of the inference engine (`dsnet.deploy.engines`)."""
     _settings: Mapping[str, _Setting]
     """By the name of the point; the networks share all weights."""
     _setting: _Setting
@@ -501,7 +501,7 @@ def load_bundle(
 
 
 class _Loading(NamedTuple):
-    """How a bundle is to run; see `load_bundle`."""
+    """The arguments of `load_bundle` with the engine found and the folder of the graphs."""
 
     graphs: Path
     """The folder of the ONNX graphs."""

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsnet.deploy.engines import Graph
+from dsnet.deploy.segments import run_rest
 from dsnet.errors import CheckpointError
 from dsnet.files import atomic_write_json, file_sha256, read_json
 from dsnet.space.route_tree import RouteTree
@@ -178,9 +179,7 @@ class GraphSegments:
         if not self.shares_segments:
             (logits,) = self._graphs[tail_name(route)](x)
             return logits
-        for later in range(gate, len(self._tree.gates)):
-            x = self.upto_gate(later, self._tree.gates[later].node_of[route], x).features
-        return self.head(route, x)
+        return run_rest(self, self._tree, gate, route, x)
 
     def check_mode(self) -> None:
         """Do nothing: graphs are always in eval mode."""

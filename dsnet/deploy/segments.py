@@ -63,29 +63,16 @@ class Segments(Protocol):
         ...
 
 
-class _TorchSegments(nn.Module):
-    """Segments of one tree that torch runs."""
-
-    shares_segments = True
-    is_channels_last = True
-    tree: RouteTree
-
-    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> TrunkOutput:
-        """See `Segments.upto_gate`."""
-        raise NotImplementedError
-
-    def head(self, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
-        """See `Segments.head`."""
-        raise NotImplementedError
-
-    def rest(self, gate: int, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
-        """See `Segments.rest`."""
-        for later in range(gate, len(self.tree.gates)):
-            x = self.upto_gate(later, self.tree.gates[later].node_of[route], x).features
-        return self.head(route, x)
+def run_rest(
+    segments: Segments, tree: RouteTree, gate: int, route: int, x: Float[Tensor, "batch ..."]
+) -> Float[Tensor, "batch classes"]:
+    """Run a route from a gate on, one segment after another; see `Segments.rest`."""
+    for later in range(gate, len(tree.gates)):
+        x = segments.upto_gate(later, tree.gates[later].node_of[route], x).features
+    return segments.head(route, x)
 
 
-class CutSegments(_TorchSegments):
+class CutSegments(nn.Module):
     """Segments as plain modules with their own contiguous weights, in eval mode.
 
     Args:
@@ -93,6 +80,9 @@ class CutSegments(_TorchSegments):
         tree: the route tree of its members.
         fold_bn: fold BatchNorm into the convolutions.
     """
+
+    shares_segments = True
+    is_channels_last = True
 
     def __init__(self, supernet: Supernet, tree: RouteTree, *, fold_bn: bool = True) -> None:
         super().__init__()
@@ -134,12 +124,19 @@ class CutSegments(_TorchSegments):
         ]
         return nn.Sequential(*between, self._heads[route]).eval() if between else self._heads[route]
 
+    def rest(self, gate: int, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+        """See `Segments.rest`."""
+        return run_rest(self, self.tree, gate, route, x)
+
     def check_mode(self) -> None:
         """Do nothing: cut segments are always in eval mode."""
 
 
-class SlicedSegments(_TorchSegments):
+class SlicedSegments(nn.Module):
     """Segments sliced from the supernet's weights in every call: no copies, but slower."""
+
+    shares_segments = True
+    is_channels_last = True
 
     def __init__(self, supernet: Supernet, tree: RouteTree) -> None:
         super().__init__()
@@ -154,6 +151,10 @@ class SlicedSegments(_TorchSegments):
     def head(self, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
         """See `Segments.head`."""
         return self.supernet.head(x, self.supernet.subnets[route])
+
+    def rest(self, gate: int, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+        """See `Segments.rest`."""
+        return run_rest(self, self.tree, gate, route, x)
 
     def check_mode(self) -> None:
         """See `Segments.check_mode`; the supernet is shared, and other code may have put it in

@@ -410,9 +410,9 @@ def measure_latency(
 
 
 class _Parts:
-    """What is timed: trunk, tails and whole sub-networks, as modules composed of shared segments or
-    as the graphs of an engine, and decisions, which run in torch with every engine; all calls of a
-    batch size get the same random images."""
+    """The calls that are timed: trunk, tails and whole sub-networks, as modules composed of shared
+    segments or as the graphs of an engine, and decisions, which run in torch with every engine; all
+    calls of a batch size get the same random images."""
 
     def __init__(
         self, supernet: Supernet, image_size: int, device: torch.device, graphs: EngineParts | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -86,13 +87,9 @@ class Pruning:
             taken: widths of members for larger targets. In place of one of them come the next
                 smaller ones, if there are any.
         """
-        low, high = 0, len(self.ranking)
-        while low < high:  # the fewest channels with at least the target's MAdds, or all
-            middle = (low + high) // 2
-            if self.problem.madds(self.kept(middle)) >= target.madds:
-                high = middle
-            else:
-                low = middle + 1
+        numbers = range(len(self.ranking))
+        # The fewest channels with at least the target's MAdds, or all.
+        low = bisect_left(numbers, target.madds, key=lambda number: self.problem.madds(self.kept(number)))
         tried = [self.kept(number) for number in (low - 1, low) if number >= 0]
         found = min(tried, key=lambda widths: abs(self.problem.madds(widths) - target.madds))
         while found in taken and low > 0:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PrunedBase:
-    """What the rounds leave of one base.
+    """A base network during its rounds of pruning.
 
     After every round the network has only the channels that are left, in the order of their scores.
     """

@@ -52,7 +52,7 @@ def _no_other(network: Supernet) -> None:
 
 @dataclass(frozen=True)
 class Facilities:
-    """What a search may ask for."""
+    """Functions that score and train for a search."""
 
     score: Scorer
     """Scores candidates by the network of `use`, at first that with which the search begins."""

@@ -53,8 +53,10 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     bundle = load_bundle(path)
     check_bundle_files(bundle)
     checks = [Check("files", f"{len(bundle.manifest['files'])} files match their hashes")]
-    engines = [TORCH] if bundle.engine == TORCH else [TORCH, bundle.engine]
-    num_examples = max([check_bundle_examples(load_bundle(path, engine=engine)) for engine in engines])
+    by_torch = [] if bundle.engine == TORCH else [load_bundle(path, engine=TORCH)]
+    loaded = [*by_torch, bundle]
+    num_examples = max([check_bundle_examples(each) for each in loaded])
+    engines = [each.engine for each in loaded]
     checks.append(Check("examples", _examples_finding(num_examples, len(bundle.operating_points), engines)))
     if data_path is not None:
         checks += _check_claims(bundle, data_path)

@@ -30,7 +30,7 @@ class DeviceConfig(Section):
     threads: PositiveInt = DeviceSettings.threads
     """Threads during the measurement."""
     engine: Engine = DeviceSettings.engine
-    """What runs the networks, as measure.engine."""
+    """Inference engine, as measure.engine."""
 
     @model_validator(mode="after")
     def _engine_runs_there(self) -> DeviceConfig:
@@ -46,7 +46,7 @@ class MeasureConfig(Section):
     threads: PositiveInt = LatencySettings.threads
     """Threads during the measurement."""
     engine: Engine = LatencySettings.engine
-    """What runs the networks: torch, or onnxruntime, which times their ONNX graphs on the CPU."""
+    """Inference engine: torch, or onnxruntime, which times ONNX graphs on the CPU."""
     batch_sizes: Annotated[Sizes, FROM_LIST] = LatencySettings.batch_sizes
     """Images per call, increasing."""
     group_sizes: Annotated[Sizes, FROM_LIST] = LatencySettings.group_sizes

@@ -223,7 +223,7 @@ class _Source:
         )
 
     def description(self, name: str, routers: Sequence[Router]) -> dict[str, Any]:
-        """What gate.yaml says of any bundle: name, run, model and routes."""
+        """Content of gate.yaml for any bundle: name, run, model and routes."""
         subnets = self.prepared.subnets
         routes = sorted({route for router in routers for route in router.routes})
         return {
@@ -234,7 +234,7 @@ class _Source:
         }
 
     def facts(self, router: Router, claims: Mapping[str, Any], slot: int | None) -> dict[str, Any]:
-        """What gate.yaml says of a router: how it decides, the settings of its trial if it is of
+        """Content of gate.yaml for a router: how it decides, the settings of its trial if it is of
         one, and its claims."""
         names = [subnet.name for subnet in self.prepared.subnets]
         facts: dict[str, Any] = {"router": router_facts(router, names)}

@@ -180,7 +180,7 @@ class Ranking:
         )
 
     def between(self, group: int, low: int, high: int) -> float:
-        """What a group loses from one width to a smaller one: the logarithm of the ratio of its
+        """Loss of a group from one width to a smaller one: the logarithm of the ratio of its
         importance at both. Summed over all groups, it is that of the product of their shares."""
         kept, whole = sum(self.importances[group][:low]), sum(self.importances[group][:high])
         return math.log(max(whole, SMALLEST) / max(kept, SMALLEST))

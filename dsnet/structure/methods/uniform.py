@@ -3,6 +3,7 @@ fitted to a number of MAdds, which is ours."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -90,12 +91,7 @@ class Ladder:
     def nearest(self, target: Target) -> Widths:
         """Of all ratios the widths whose MAdds are nearest to a target; of two that are equally
         near, the smaller."""
-        low, high = 0, len(self.ratios) - 1
-        while low < high:  # the first rung with at least the target's MAdds, or the last
-            middle = (low + high) // 2
-            if self._problem.madds(self.widths(self.ratios[middle])) >= target.madds:
-                high = middle
-            else:
-                low = middle + 1
+        # The first rung with at least the target's MAdds, or the last.
+        low = bisect_left(self.ratios[:-1], target.madds, key=lambda ratio: self._problem.madds(self.widths(ratio)))
         rungs = [self.widths(self.ratios[rung]) for rung in (low - 1, low) if rung >= 0]
         return min(rungs, key=lambda widths: abs(self._problem.madds(widths) - target.madds))
