@@ -37,6 +37,9 @@ RETRY_AFTER_S = 1
 HEALTHY_S = 10.0
 """How long the result of a check of the examples is valid."""
 _NUM_DECODERS = 2
+_READ_TO_REFUSE = 16
+"""How far a body that is too large is read before its connection is closed, in multiples of the
+limit."""
 _CLIENT_GONE = 499
 _log = logging.getLogger(__name__)
 
@@ -229,21 +232,20 @@ class Classifier:
         return point, sent
 
     async def _body(self, request: Request) -> bytes:
-        """The body; it is read no further than the limit.
+        """The body. Of one that is larger than the limit the rest is read too, but not kept: a
+        client that is still sending would get a broken connection instead of the answer.
 
         Raises:
             RefusedError: 413, it is larger.
         """
-        limit, body = self._settings.max_mib * MIB, bytearray()
-        declared = request.headers.get("content-length", "")
-        is_too_large = declared.isdecimal() and int(declared) > limit
-        if not is_too_large:
-            async for chunk in request.stream():
+        limit, body, num_bytes = self._settings.max_mib * MIB, bytearray(), 0
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes <= limit:
                 body += chunk
-                if len(body) > limit:
-                    is_too_large = True
-                    break
-        if is_too_large:
+            elif num_bytes > _READ_TO_REFUSE * limit:
+                break
+        if num_bytes > limit:
             raise RefusedError(
                 413, f"the body is larger than {self._settings.max_mib} MiB; send fewer or smaller images"
             )

@@ -147,6 +147,7 @@ def test_what_cannot_be_answered_gets_its_status_and_a_reason(server: Server) ->
     for body, status, reason in (
         (b"no picture", 400, "does not decode"),
         (bytes(2**20 + 1), 413, "larger than 1 MiB"),
+        *[(bytes(8 * 2**20), 413, "larger than 1 MiB")] * 5,  # larger than what a connection buffers
     ):
         answer = server.ask("/predict", body)
         assert (answer.status, reason in answer.json["error"]) == (status, True), answer
