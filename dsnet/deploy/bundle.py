@@ -521,7 +521,8 @@ def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bun
     if loading.engine is not None:
         threads = loading.threads or torch.get_num_threads()
         tree = RouteTree.of(subnets)
-        segments = onnx_files.GraphSegments(loading.graphs, tree, loading.engine, threads)
+        routers = [point.router for point in points]
+        segments = onnx_files.GraphSegments(loading.graphs, tree, routers, loading.engine, threads)
     net = DynamicNet(
         supernet,
         points[0].router,

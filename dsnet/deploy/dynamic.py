@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from dsnet.deploy.segments import CutSegments, SegmentOutput, Segments, SlicedSegments, rows_by
+from dsnet.deploy.segments import CutSegments, EntryOutput, SegmentOutput, Segments, SlicedSegments, rows_by
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.space.cost import subnet_cost
@@ -83,6 +83,7 @@ class DynamicNet(nn.Module):
         self._decision_madds = dict(
             zip(router.routes, router.decision_madds(torch.tensor(router.routes)).tolist(), strict=True)
         )
+        self._entry = self.segments.entry(router)
         # A router that has one route and reads nothing has nothing to decide: whole batches run
         # this route, as the plain sub-network does.
         has_choice = len(router.routes) > 1 or router.max_runs > 1 or bool(router.needs)
@@ -115,11 +116,14 @@ class DynamicNet(nn.Module):
         if len(images) == 0:
             empty = torch.zeros(0, dtype=torch.int64, device=images.device)
             return DynamicOutput(images.new_zeros(0, self.num_classes), empty, empty)
+        if self._entry is not None:
+            return _BatchRouting.after_entry(self, self._entry(images)).output()
         trunk = self.segments.upto_gate(0, 0, images)
         if self._only_route is not None:
             return self._run_only(trunk.features, self._only_route)
-        evidence = self._evidence(trunk, 0, STOP)
-        return _BatchRouting(self, trunk.features, evidence).run()
+        routing = _BatchRouting(self, trunk.features)
+        routing.decide(self._evidence(trunk, 0, STOP))
+        return routing.output()
 
     def _run_only(self, features: Tensor, route: int) -> DynamicOutput:
         logits = self.segments.rest(1, route, features)
@@ -140,60 +144,83 @@ class _BatchRouting:
     batch 1 every tensor operation counts.
     """
 
-    def __init__(self, net: DynamicNet, features: Tensor, evidence: Evidence) -> None:
+    def __init__(self, net: DynamicNet, features: Tensor) -> None:
         self.net = net
         self.features = features
-        self.evidence = evidence
         self.routes = [STOP] * len(features)
+        """The route that ran last for each image."""
         self.madds = [net._trunk_madds] * len(features)
+        self.logits: Tensor | None = None
+        """The latest logits of each image; None before the first round."""
         self.may_run = list(range(len(features)))
         """Rows of the images that have not stopped; a router's later decisions for stopped images
         are ignored."""
-        self.executed: list[Executed] = []
 
-    def run(self) -> DynamicOutput:
-        """Run all rounds and return the batch's output.
+    @classmethod
+    def after_entry(cls, net: DynamicNet, entry: EntryOutput) -> _BatchRouting:
+        """The routing of a batch whose decision was taken by the segments."""
+        routing = cls(net, entry.features)
+        if entry.answered is not None:
+            route, routing.logits = entry.answered
+            routing._note(routing.may_run, [route] * len(routing.routes))
+        routing._run(entry.routes)
+        return routing
+
+    def decide(self, evidence: Evidence) -> None:
+        """Let the router decide, and run the routes that it chooses, until all images have stopped.
 
         Raises:
             RuntimeError: the router stops before any route has run.
         """
         router = self.net.router
+        executed: list[Executed] = []
         for _ in range(router.max_runs):
-            answer = router.step(self.evidence, self.executed)
-            chosen = answer.tolist()
-            rows = [row for row in self.may_run if chosen[row] != STOP]
-            if not self.executed and len(rows) < len(chosen):
+            chosen = router.step(evidence, executed).tolist()
+            if not executed and STOP in chosen:
                 raise RuntimeError(f"the router {type(router).__name__} stops before any route has run")
-            if not rows:
+            ran = self._run(chosen)
+            if not self.may_run:
                 break
-            self._execute(rows, [chosen[row] for row in rows], answer)
-        return self._output()
+            assert self.logits is not None
+            if router.max_runs > 1:
+                executed.append(Executed(_index(ran, self.logits), self.logits))
 
-    def _execute(self, rows: list[int], chosen: list[int], answer: Tensor) -> None:
-        """Run one round: the routes `chosen` for the images `rows`; `answer` holds the router's
-        decisions for all images."""
-        is_all = len(rows) == len(self.routes)
-        num_deciding = 1 if self.executed else self.net.router.num_gates
+    def _run(self, chosen: list[int]) -> list[int]:
+        """Run one round for the images that have not stopped: the chosen routes, of which a router
+        with several gates may take others from the second gate on. Returns the route that ran for
+        each image, or STOP."""
+        net = self.net
+        rows = self.may_run = [row for row in self.may_run if chosen[row] != STOP]
+        if not rows:
+            return [STOP] * len(chosen)
+        num_deciding = net.router.num_gates if self.logits is None else 1
+        is_all = len(rows) == len(chosen)
         logits, routes = _run_from_gate(
-            self.net, num_deciding, 0, self.features if is_all else _gather(self.net, self.features, rows), chosen
+            net,
+            num_deciding,
+            0,
+            self.features if is_all else _gather(net, self.features, rows),
+            [chosen[row] for row in rows],
         )
+        self.logits = (
+            logits if self.logits is None or is_all else self.logits.index_copy(0, _index(rows, logits), logits)
+        )
+        self._note(rows, routes)
+        ran = dict(zip(rows, routes, strict=True))
+        return [ran.get(row, STOP) for row in range(len(chosen))]
+
+    def _note(self, rows: list[int], routes: list[int]) -> None:
+        """Note that these images have run these routes."""
         for row, route in zip(rows, routes, strict=True):
             self.routes[row] = route
             self.madds[row] += self.net._tail_madds[route]
-        if not is_all:
-            logits = self.executed[-1].logits.index_copy(0, _index(rows, logits), logits)
-            answer = torch.full_like(answer, STOP).index_copy(0, _index(rows, answer), _index(routes, answer))
-        elif num_deciding > 1:
-            answer = _index(routes, answer)
-        self.may_run = rows
-        self.executed.append(Executed(answer, logits))
 
-    def _output(self) -> DynamicOutput:
-        last = self.executed[-1]
+    def output(self) -> DynamicOutput:
+        """The output of the batch."""
+        assert self.logits is not None
         decision = self.net._decision_madds
         madds = [cost + decision[route] for cost, route in zip(self.madds, self.routes, strict=True)]
-        routes = last.routes if len(self.executed) == 1 else _index(self.routes, last.routes)
-        return DynamicOutput(last.logits, routes, _index(madds, last.routes))
+        return DynamicOutput(self.logits, _index(self.routes, self.logits), _index(madds, self.logits))
 
 
 def _run_from_gate(

@@ -2,15 +2,16 @@
 
 The folder `onnx` of a bundle has a graph for every segment up to a gate, and one for the rest of
 every route after the first gate. Where a router decides at several gates, or there are many routes,
-there is a graph for every segment between gates instead, so that routes share them. `graphs.json`
-lists the graphs with their SHA-256.
+there is a graph for every segment between gates instead, so that routes share them. A router that
+decides once also has a graph of everything up to and with its decision, so that an image costs one
+call for each route that it runs. `graphs.json` lists the graphs with their SHA-256.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsnet.deploy.engines import Graph
-from dsnet.deploy.segments import run_rest
+from dsnet.deploy.segments import Entry, EntryOutput, run_rest
 from dsnet.errors import CheckpointError
 from dsnet.files import atomic_write_json, file_sha256, read_json
+from dsnet.routers.base import Router
 from dsnet.space.route_tree import RouteTree
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from dsnet.deploy.engines import Engine
     from dsnet.deploy.onnx_graphs import SegmentGraphs
     from dsnet.network.supernet import Supernet
-    from dsnet.routers.base import Router
 
 FOLDER = "onnx"
 """Name of the folder in a bundle."""
@@ -39,6 +40,8 @@ LISTING = "graphs.json"
 VERSION = 1
 MANY_ROUTES = 8
 """Number of routes above which they share graphs, because each graph has weights of its own."""
+MANY_ROUTERS = 8
+"""Number of routers above which they have no graphs of their own, for the same reason."""
 
 
 TensorCall = Callable[[Float[Tensor, "batch ..."]], list[Float[Tensor, "batch ..."]]]
@@ -60,10 +63,11 @@ def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int,
     Raises:
         DsnetError: the packages are missing, or the network cannot be exported.
     """
-    from dsnet.deploy.onnx_graphs import SegmentGraphs
+    from dsnet.deploy.onnx_graphs import SegmentGraphs, first_route
 
     parts = sorted({part for router in routers for part in router.needs})
-    graphs = SegmentGraphs.of(supernet, parts, image_size)
+    deciding = routers if len(routers) <= MANY_ROUTERS else ()
+    graphs = SegmentGraphs.of(supernet, parts, image_size, deciding)
     tree = graphs.names.tree
     has_tails = tree.num_routes <= MANY_ROUTES and all(router.num_gates == 1 for router in routers)
     written = {}
@@ -71,6 +75,9 @@ def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int,
         file = folder / f"{name}.onnx"
         file.write_bytes(model.SerializeToString())
         written[name] = {"input": model.graph.input[0].name, "sha256": file_sha256(file)}
+    for number, router in enumerate(deciding):
+        if entry_name(number) in written:
+            written[entry_name(number)]["after"] = first_route(router)
     atomic_write_json(
         folder / LISTING, {"version": VERSION, "evidence": parts, "has_tails": has_tails, "graphs": written}
     )
@@ -103,6 +110,10 @@ def _graphs(graphs: SegmentGraphs, has_tails: bool) -> Iterator[tuple[str, Model
             yield segment_name(gate, node), graphs.segment(gate, node)
     for route in range(tree.num_routes):
         yield (tail_name(route), graphs.tail(route)) if has_tails else (head_name(route), graphs.head(route))
+    for number in sorted({decision.router for decision in graphs.names.decisions}):
+        entry = graphs.entry(number)
+        if entry is not None:
+            yield entry_name(number), entry
 
 
 def segment_name(gate: int, node: int) -> str:
@@ -118,6 +129,11 @@ def tail_name(route: int) -> str:
 def head_name(route: int) -> str:
     """The name of the graph of everything after the last gate of a route."""
     return f"head-{route}"
+
+
+def entry_name(router: int) -> str:
+    """The name of the graph of everything up to the decision of a router."""
+    return f"entry-{router}"
 
 
 @dataclass(frozen=True)
@@ -140,12 +156,13 @@ class GraphSegments:
 
     is_channels_last = False
 
-    def __init__(self, folder: Path, tree: RouteTree, engine: Engine, threads: int) -> None:
+    def __init__(self, folder: Path, tree: RouteTree, routers: Sequence[Router], engine: Engine, threads: int) -> None:
         """Open all graphs.
 
         Args:
             folder: the folder with the graphs.
             tree: the tree of the bundle's routes.
+            routers: those for which the graphs were written, in their order.
             engine: the engine.
             threads: threads of one call.
 
@@ -159,6 +176,17 @@ class GraphSegments:
             name: _on_tensors(engine.open(folder / f"{name}.onnx", threads), own["input"])
             for name, own in self._listing["graphs"].items()
         }
+
+        self._routers = tuple(routers)
+
+    def entry(self, router: Router) -> Entry | None:
+        """See `Segments.entry`; for the routers for which the graphs were written."""
+        number = next((index for index, own in enumerate(self._routers) if own is router), None)
+        graph = None if number is None else self._graphs.get(entry_name(number))
+        if number is None or graph is None:
+            return None
+        after = self._listing["graphs"][entry_name(number)].get("after")
+        return partial(_run_entry, graph, after)
 
     @cached_property
     def _parts(self) -> tuple[str, ...]:
@@ -183,6 +211,11 @@ class GraphSegments:
 
     def check_mode(self) -> None:
         """Do nothing: graphs are always in eval mode."""
+
+
+def _run_entry(graph: TensorCall, after: int | None, images: Tensor) -> EntryOutput:
+    features, routes, *logits = graph(images)
+    return EntryOutput(features, routes.tolist(), None if after is None else (after, logits[0]))
 
 
 def _listing(folder: Path) -> Mapping[str, Any]:

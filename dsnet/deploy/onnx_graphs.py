@@ -1,8 +1,8 @@
-"""ONNX graphs of the segments of a supernet between its gates.
+"""ONNX graphs of the segments of a supernet between its gates, and of the decisions of routers.
 
-All segments are exported as one graph, because most of the time of an export does not depend on its
+All of them are exported as one graph, because most of the time of an export does not depend on its
 size, and the graph is then divided by the names of its tensors. Every graph takes batches of any
-size; BatchNorm is folded into the convolutions.
+size; BatchNorm is folded into the convolutions. The decisions are those of `Router.step`, traced.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from dsnet.deploy.segments import CutSegments
 from dsnet.errors import DsnetError
 from dsnet.network.blocks import fold_batch_norms
 from dsnet.network.supernet import Supernet
+from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.space.route_tree import RouteTree
 
 if TYPE_CHECKING:
@@ -31,8 +32,52 @@ IMAGES = "images"
 """Name of the input of the first segment: normalised images, float32 [B, C, H, W]."""
 OPSET = 18
 """Version of the operators: the oldest in which the exporter writes."""
+_log = logging.getLogger(__name__)
 _EXAMPLES = 2
 """Images with which the network is traced; a batch of one could be taken for a constant."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A decision of a router for the images at a node of a gate."""
+
+    router: int
+    """The router's number."""
+    gate: int
+    node: int
+    route: int
+    """One of the router's routes through the node."""
+    after: int | None = None
+    """The route that has run before, whose answer it reads; None if none has run."""
+
+    @property
+    def name(self) -> str:
+        """Name of its tensor: int64 [B] routes, or STOP."""
+        return f"route_{self.router}_{self.gate}_{self.node}" + ("" if self.after is None else f"_after_{self.after}")
+
+
+def first_route(router: Router) -> int | None:
+    """The route that a router runs first for every image before it decides; None if it decides at
+    once, or if this is not known."""
+    first = getattr(router, "first", None)
+    return first if router.max_runs == 2 and router.num_gates == 1 and isinstance(first, int) else None
+
+
+def decisions(router: Router, number: int, tree: RouteTree) -> Iterator[Decision]:
+    """The decisions of a router that can be in a graph, by gate and node; none where it has a
+    single route, or runs several in an order that is not known."""
+    if len(router.routes) == 1:
+        return
+    first = first_route(router)
+    if first is not None:
+        yield Decision(number, 0, 0, first, after=first)
+    elif router.max_runs == 1:
+        for gate in range(router.num_gates):
+            node_of = tree.gates[gate].node_of
+            yield from (
+                Decision(number, gate, node, route)
+                for node, route in sorted({node_of[route]: route for route in reversed(router.routes)}.items())
+            )
 
 
 @dataclass(frozen=True)
@@ -40,6 +85,9 @@ class Names:
     """Names of the tensors between segments."""
 
     tree: RouteTree
+    parts: tuple[str, ...]
+    """The parts of the evidence that are given at every gate."""
+    decisions: tuple[Decision, ...] = ()
 
     def features(self, gate: int, node: int) -> str:
         """The features at a node of a gate, the input of the segments after it."""
@@ -60,25 +108,27 @@ class Names:
         route = self.tree.gates[gate].node_of.index(node)
         return self.features(gate - 1, self.tree.gates[gate - 1].node_of[route])
 
-    def outputs(self, parts: Sequence[str]) -> Iterator[str]:
+    @property
+    def outputs(self) -> Iterator[str]:
         """All outputs, in the order in which `_Segments` returns them."""
         for gate, branches in enumerate(self.tree.gates):
             for node in range(branches.num_nodes):
                 yield self.features(gate, node)
-                yield from (self.evidence(gate, node, part) for part in parts)
+                yield from (self.evidence(gate, node, part) for part in self.parts)
         yield from (self.logits(route) for route in range(self.tree.num_routes))
+        yield from (decision.name for decision in self.decisions)
 
 
 class _Segments(nn.Module):
     """All segments of a supernet in one module: images -> every output of `Names.outputs`."""
 
-    def __init__(self, supernet: Supernet, tree: RouteTree, parts: Sequence[str]) -> None:
+    def __init__(self, supernet: Supernet, names: Names, routers: Sequence[Router]) -> None:
         super().__init__()
-        segments = CutSegments(supernet, tree, fold_bn=False)
+        segments = CutSegments(supernet, names.tree, fold_bn=False)
         fold_batch_norms(segments)
         self.segments = segments
-        self.names = Names(tree)
-        self.parts = tuple(parts)
+        self.names = names
+        self.routers = tuple(routers)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, ...]:
         """See the class."""
@@ -87,13 +137,23 @@ class _Segments(nn.Module):
             for node in range(branches.num_nodes):
                 output = self.segments.upto_gate(gate, node, known[self.names.before(gate, node)])
                 known[self.names.features(gate, node)] = output.features
-                for part in self.parts:
+                for part in self.names.parts:
                     known[self.names.evidence(gate, node, part)] = output.evidence(part)
         last = len(tree.gates) - 1
         for route, node in enumerate(tree.gates[last].node_of):
             known[self.names.logits(route)] = self.segments.head(route, known[self.names.features(last, node)])
+        known |= {decision.name: self._decided(decision, known) for decision in self.names.decisions}
         # Copies, because an output that is an input, as at an entry gate, has no name of its own.
-        return tuple(known[name].clone() for name in self.names.outputs(self.parts))
+        return tuple(known[name].clone() for name in self.names.outputs)
+
+    def _decided(self, decision: Decision, known: dict[str, Tensor]) -> Tensor:
+        router, gate, node = self.routers[decision.router], decision.gate, decision.node
+        parts = {part: known[self.names.evidence(gate, node, part)] for part in router.needs}
+        features = known[self.names.features(gate, node)]
+        evidence = Evidence(parts, features.shape[0], features.device, gate, decision.route if gate else STOP)
+        after = decision.after
+        executed = [] if after is None else [Executed(evidence.same(after), known[self.names.logits(after)])]
+        return router.step(evidence, executed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,33 +161,66 @@ class SegmentGraphs:
     """The exported graph of all segments, from which those of single segments are taken."""
 
     names: Names
-    parts: tuple[str, ...]
     whole: ModelProto
 
     @classmethod
     @torch.inference_mode(False)  # the exporter takes no tensors of inference mode
     @torch.no_grad()
-    def of(cls, supernet: Supernet, parts: Sequence[str], image_size: int) -> SegmentGraphs:
-        """Export the segments of a supernet.
+    def of(
+        cls, supernet: Supernet, parts: Sequence[str], image_size: int, routers: Sequence[Router] = ()
+    ) -> SegmentGraphs:
+        """Export the segments of a supernet, and the decisions of routers as far as they can be in
+        a graph.
 
         Args:
             supernet: trained and recalibrated, on the CPU; not changed.
-            parts: the parts of the evidence that the graphs give at every gate.
+            parts: the parts of the evidence that the graphs give at every gate; with those that
+                `routers` need.
             image_size: height and width in pixels.
+            routers: routers over the supernet's members.
 
         Raises:
             DsnetError: the packages are missing, or the exporter does not know an operation.
         """
         tree = RouteTree.of(supernet.subnets)
-        module = _Segments(supernet, tree, parts).eval()
+        found = (each for number, router in enumerate(routers) for each in decisions(router, number, tree))
+        names = Names(tree, tuple(parts), tuple(found))
         example = torch.zeros(_EXAMPLES, supernet.spec.in_channels, image_size, image_size)
-        return cls(module.names, tuple(parts), _exported(module, example, [*module.names.outputs(parts)]))
+
+        def export(names: Names) -> SegmentGraphs:
+            module = _Segments(supernet, names, routers).eval()
+            return cls(names, _exported(module, example, [*names.outputs]))
+
+        try:
+            return export(names)
+        except DsnetError as error:
+            if not names.decisions:
+                raise
+            without = export(replace(names, decisions=()))
+            _log.warning("%s: engines will take the routers' decisions in Python, which is slower", error)
+            return without
 
     def segment(self, gate: int, node: int) -> ModelProto:
         """The segment that ends at a node of a gate: images, or features of the gate before -> its
         features and evidence."""
-        evidence = [self.names.evidence(gate, node, part) for part in self.parts]
+        evidence = [self.names.evidence(gate, node, part) for part in self.names.parts]
         return self._part(self.names.before(gate, node), [self.names.features(gate, node), *evidence])
+
+    def entry(self, router: int) -> ModelProto | None:
+        """Everything up to the decision of a router that decides once: images -> features of the
+        first gate and routes, int64 [B]. Where a route has run before it decides, the route may be
+        STOP, and the logits of the route that has run come third.
+
+        None for a router that decides at several gates, and for one without a decision in the
+        graph.
+        """
+        own = [decision for decision in self.names.decisions if decision.router == router]
+        if len({decision.gate for decision in own}) != 1:
+            return None
+        outputs = [self.names.features(0, 0), own[0].name]
+        if own[0].after is not None:
+            outputs.append(self.names.logits(own[0].after))
+        return self._part(IMAGES, outputs)
 
     def head(self, route: int) -> ModelProto:
         """The last segment of a route: features of the last gate -> logits."""

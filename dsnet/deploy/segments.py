@@ -7,14 +7,15 @@ prefix of widths, so that many paths share the memory of their common segments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsnet.deploy.materialize import materialize_head, materialize_upto_gate
 from dsnet.network.supernet import PlainFeatures, Supernet, TrunkOutput
+from dsnet.routers.base import Router
 from dsnet.space.route_tree import RouteTree
 
 
@@ -31,6 +32,21 @@ class SegmentOutput(Protocol):
         ...
 
 
+class EntryOutput(NamedTuple):
+    """What segments give that take a router's decision themselves."""
+
+    features: Float[Tensor, "batch ..."]
+    """Features of the first gate."""
+    routes: list[int]
+    """The route to run for each image; STOP where the answer that it has is the last one."""
+    answered: tuple[int, Float[Tensor, "batch classes"]] | None
+    """The route that has run for all images before the decision, and its logits; None if none
+    has."""
+
+
+Entry = Callable[[Float[Tensor, "batch channels height width"]], EntryOutput]
+
+
 class Segments(Protocol):
     """Interface of the segments that dynamic inference runs."""
 
@@ -43,6 +59,11 @@ class Segments(Protocol):
     @property
     def is_channels_last(self) -> bool:
         """Whether features of four dimensions are in channels last."""
+        ...
+
+    def entry(self, router: Router) -> Entry | None:
+        """A function that runs everything up to the decision of a router, with the decision; None
+        where the router itself must decide."""
         ...
 
     def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> SegmentOutput:
@@ -101,6 +122,9 @@ class CutSegments(nn.Module):
         self._nodes: tuple[tuple[nn.Module, ...], ...] = tuple(tuple(row) for row in self.nodes)  # type: ignore[arg-type]
         self._heads = tuple(self.heads)
 
+    def entry(self, router: Router) -> None:
+        """None; see `Segments.entry`."""
+
     @property
     def trunk(self) -> nn.Module:
         """The module before the first gate: images -> TrunkOutput."""
@@ -142,6 +166,9 @@ class SlicedSegments(nn.Module):
         super().__init__()
         self.supernet = supernet
         self.tree = tree
+
+    def entry(self, router: Router) -> None:
+        """None; see `Segments.entry`."""
 
     def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> TrunkOutput:
         """See `Segments.upto_gate`."""

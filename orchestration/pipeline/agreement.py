@@ -215,7 +215,7 @@ def _in_engine(
     with TemporaryDirectory(prefix="dsnet-graphs-") as name:
         folder = Path(name)
         graphs = write_graphs(supernet, routers, image_size, folder)
-        segments = GraphSegments(folder, RouteTree.of(supernet.subnets), engine, threads)
+        segments = GraphSegments(folder, RouteTree.of(supernet.subnets), routers, engine, threads)
     return _Networks(segments, lambda route: open_model(graphs.static(route), engine, threads))
 
 
