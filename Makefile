@@ -36,20 +36,26 @@ $(READY): constraints.txt setup.py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[deploy,serve,test,check]"
 	@touch $(READY)
 
+# Only the tests need the second engine, which is large.
+ENGINES := $(VENV)/.engines
+$(ENGINES): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[openvino]"
+	@touch $(ENGINES)
+
 launch: $(READY)
 	$(BIN)/dsnet-orch launch examples/digits.yaml
 
 # The checks use the moments in which the tests wait; what they find is shown at the end.
-test: $(READY)
+test: $(ENGINES)
 	@$(MAKE) --no-print-directory check > $(VENV)/check.log 2>&1 & checks=$$!; \
 	$(PYTEST) -n $(WORKERS); tests=$$?; \
 	wait $$checks; checks=$$?; cat $(VENV)/check.log; \
 	exit $$((tests != 0 || checks != 0))
 
-test-fast: $(READY)
+test-fast: $(ENGINES)
 	$(PYTEST) -n $(WORKERS) -m "not (ray or browser or slow or long)"
 
-test-long: $(READY)
+test-long: $(ENGINES)
 	$(PYTEST) -m long
 
 check: $(READY)

@@ -63,6 +63,7 @@ setup(
     extras_require={
         "dashboard": ["optuna-dashboard>=0.20"],
         "deploy": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
+        "openvino": ["openvino>=2026.4"],
         "images": ["kaleido>=1.5"],
         # Of the packages of ray[serve] those that Ray Serve itself needs: the others are for Ray's
         # dashboard, whose listeners would be started with every cluster.

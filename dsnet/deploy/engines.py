@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,8 @@ class Engine:
     more."""
     label: str = ""
     """Its name in tables and reports; empty for `name`."""
+    extra: str = ""
+    """The extra of dsnet-orch that installs it; empty if none does."""
 
     @property
     def is_installed(self) -> bool:
@@ -47,10 +51,14 @@ class Engine:
         return find_spec(self.package) is not None
 
     @property
+    def install(self) -> str:
+        """The command that installs it."""
+        return f"pip install 'dsnet-orch[{self.extra}]'" if self.extra else f"pip install {self.package}"
+
+    @property
     def title(self) -> str:
         """Its label and version, such as `ONNX Runtime 1.20.0`; the package must be installed."""
-        version = getattr(import_module(self.package), "__version__", "")
-        return f"{self.label or self.name} {version}".rstrip()
+        return f"{self.label or self.name} {version(self.package)}"
 
 
 _ENGINES: dict[str, Engine] = {}
@@ -99,7 +107,7 @@ def chosen_engine(name: str, has_graphs: bool, on_cpu: bool) -> Engine | None:
         raise ConfigError(f"unknown engine {name!r}{way_out(name, (AUTO, *engine_names()))}")
     engine = _ENGINES[name]
     if not engine.is_installed:
-        raise ConfigError(f"engine {name}: package {engine.package} is not installed: pip install 'dsnet-orch[deploy]'")
+        raise ConfigError(f"engine {name}: package {engine.package} is not installed: {engine.install}")
     if not on_cpu:
         raise ConfigError(f"engine {name} runs on the CPU only: load the bundle with device='cpu', or engine='torch'")
     if not has_graphs:
@@ -134,4 +142,30 @@ def _onnxruntime(file: Path, threads: int) -> Graph:
     return lambda inputs: session.run(names, inputs)
 
 
-register(Engine("onnxruntime", "onnxruntime", _onnxruntime, "ONNX Runtime"))
+register(Engine("onnxruntime", "onnxruntime", _onnxruntime, "ONNX Runtime", "deploy"))
+
+
+def _openvino(file: Path, threads: int) -> Graph:
+    # OpenVINO then uses its own stand-in, which sends nothing.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 on some processors
+        "ENABLE_CPU_PINNING": False,  # several networks would be bound to the same cores
+    }
+    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+    outputs, own = compiled.outputs, threading.local()
+
+    def run(inputs: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        found = own.request.infer(inputs, share_inputs=True)
+        return [found[output] for output in outputs]
+
+    return run
+
+
+register(Engine("openvino", "openvino", _openvino, "OpenVINO", "openvino"))

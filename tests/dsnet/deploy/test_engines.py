@@ -160,7 +160,7 @@ def test_engines_that_cannot_run_a_bundle_are_refused(
     missing = Engine("other", "no_such_package", lambda file, threads: lambda inputs: [])
     monkeypatch.setattr(engines_module, "_ENGINES", {"other": missing})
     assert chosen_engine("auto", has_graphs=True, on_cpu=True) is None
-    with pytest.raises(ConfigError, match="package no_such_package is not installed: pip install 'dsnet-orch"):
+    with pytest.raises(ConfigError, match="package no_such_package is not installed: pip install no_such_package"):
         chosen_engine("other", has_graphs=True, on_cpu=True)
     with pytest.raises(ValueError, match="there is an engine 'torch' already"):
         engines_module.register(Engine(TORCH, "torch", missing.open))
