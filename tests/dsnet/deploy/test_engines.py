@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from dsnet.deploy.bundle import Bundle, check_bundle_examples, load_bundle, scor
 from dsnet.deploy.engines import TORCH, Engine, chosen_engine, engine_names, graph_engines
 from dsnet.deploy.exporters import exporters
 from dsnet.deploy.onnx_files import LISTING
+from dsnet.deploy.operating_points import OperatingPoint
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
@@ -44,9 +46,30 @@ def with_graphs(folder: Path, supernet: Supernet | None = None, **fields: object
     return folder
 
 
+def of_every_router(folder: Path, supernet: Supernet) -> Path:
+    """A bundle with ONNX files and an operating point for every kind of router, named after it.
+
+    One export, which takes seconds, serves all of them.
+    """
+    recalibrate(supernet, [NORMALIZATION.apply(random_pixels(64))])
+    everything = range(len(supernet.subnets))
+    first, *others = (
+        OperatingPoint(kind, random_supernet_router(kind, supernet, 3, everything), {}) for kind in ROUTER_KINDS
+    )
+    return with_graphs(folder, supernet, router=first.router, point_name=first.name, further_points=others)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_graphs(tmp_path_factory.mktemp("graphs") / "bundle")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of every router for a supernet by its name; only to be read."""
+    base = tmp_path_factory.mktemp("graphs")
+    return cache(lambda name: of_every_router(base / name, SUPERNETS[name]()))
+
+
+@pytest.fixture
+def folder(folder_of: Callable[[str], Path]) -> Path:
+    """The bundle whose graphs are a trunk and the tails of the routes."""
+    return folder_of("one gate")
 
 
 @pytest.fixture
@@ -78,29 +101,18 @@ def test_the_default_is_the_engine_where_it_is_possible(folder: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", SUPERNETS)
-def test_every_router_takes_its_routes_in_every_engine(tmp_path: Path, name: str, engine: str) -> None:
-    """One export for all kinds: those that decide once, at every gate, and after an answer."""
-    supernet = SUPERNETS[name]()
-    recalibrate(supernet, [NORMALIZATION.apply(random_pixels(64))])
-    everything = range(len(supernet.subnets))
-    routers = {kind: random_supernet_router(kind, supernet, 3, everything) for kind in ROUTER_KINDS}
-    first, *others = routers
-    points = {"point_name": first, "further_points": _points(routers, others)}
-    path = with_graphs(tmp_path / "bundle", supernet, router=routers[first], **points)
-    own, ours = load_bundle(path, engine=TORCH), load_bundle(path, engine=engine)
+def test_every_router_takes_its_routes_in_every_engine(
+    folder_of: Callable[[str], Path], name: str, engine: str
+) -> None:
+    """Those that decide once, at every gate, and after an answer."""
+    own, ours = (load_bundle(folder_of(name), engine=each) for each in (TORCH, engine))
     assert check_bundle_examples(ours) == 16
     taken = set()
-    for kind in routers:
+    for kind in ROUTER_KINDS:
         for size in (0, 1, 2, 17):
             assert_same(ours.at(kind), own.at(kind), size)
         taken |= set(ours.at(kind)(random_pixels(64)).routes.tolist())
     assert len(taken) > 1
-
-
-def _points(routers: dict[str, object], names: list[str]) -> list[object]:
-    from dsnet.deploy.operating_points import OperatingPoint
-
-    return [OperatingPoint(name, routers[name], {}) for name in names]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
