@@ -491,17 +491,32 @@ def pareto(
     type=click.Path(path_type=Path),
     help="Folder for the bundles, one folder each [default: export/ of the run].",
 )
-def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None) -> None:
+@click.option(
+    "--register",
+    metavar="NAME",
+    help="Register each bundle in MLflow as a version of this model [default: export.register_as].",
+)
+def export(
+    run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None, register: str | None
+) -> None:
     """Export gates or static sub-networks of a run as bundles for `dsnet.load_bundle`, and print
-    their folders."""
+    their folders. Those in the folder of a tracked run are also its logged models in MLflow."""
     from dsnet.deploy.exporters import check_format
+    from orchestration.commands.messages import warn
+    from orchestration.commands.mlflow import BundleLog
     from orchestration.commands.sweep import open_sweep
     from orchestration.pipeline.export import write_formats
 
     further = tuple(map(check_format, formats))
-    for path in open_sweep(run, runs).export(picks, out):
+    sweep = open_sweep(run, runs)
+    log = BundleLog(sweep.results, register)
+    paths = sweep.export(picks, out)
+    for path in paths:
         write_formats(path, further)
         click.echo(path)
+    warning = log.write(paths, out)
+    if warning is not None:
+        warn(warning)
 
 
 @cli.command()

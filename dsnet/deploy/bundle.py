@@ -28,6 +28,7 @@ from dsnet.data.photos import PhotoDecoder, photo_files
 from dsnet.deploy import onnx_files
 from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.engines import AUTO, TORCH, Engine, chosen_engine, graph_engines
+from dsnet.deploy.layout import MANIFEST
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints, prefix_of, read_points, store_points
 from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
 from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
@@ -49,7 +50,6 @@ NUM_EXAMPLES = 16
 LOGIT_TOLERANCE = 1e-4
 """Largest accepted difference to a stored logit, relative to the largest stored one: processors
 differ in the order of sums."""
-MANIFEST = "bundle.json"
 
 
 class _Setting(NamedTuple):

@@ -167,7 +167,13 @@ class SegmentGraphs:
     @torch.inference_mode(False)  # the exporter takes no tensors of inference mode
     @torch.no_grad()
     def of(
-        cls, supernet: Supernet, parts: Sequence[str], image_size: int, routers: Sequence[Router] = ()
+        cls,
+        supernet: Supernet,
+        parts: Sequence[str],
+        image_size: int,
+        routers: Sequence[Router] = (),
+        *,
+        at_every_gate: bool = False,
     ) -> SegmentGraphs:
         """Export the segments of a supernet, and the decisions of routers as far as they can be in
         a graph.
@@ -178,12 +184,19 @@ class SegmentGraphs:
                 `routers` need.
             image_size: height and width in pixels.
             routers: routers over the supernet's members.
+            at_every_gate: whether the graphs also have the decisions of routers that decide at
+                several gates.
 
         Raises:
             DsnetError: the packages are missing, or the exporter does not know an operation.
         """
         tree = RouteTree.of(supernet.subnets)
-        found = (each for number, router in enumerate(routers) for each in decisions(router, number, tree))
+        found = (
+            each
+            for number, router in enumerate(routers)
+            if at_every_gate or router.num_gates == 1
+            for each in decisions(router, number, tree)
+        )
         names = Names(tree, tuple(parts), tuple(found))
         example = torch.zeros(_EXAMPLES, supernet.spec.in_channels, image_size, image_size)
 
