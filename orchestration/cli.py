@@ -629,15 +629,39 @@ def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
 @IMPORTS
 @RUN
 @RUNS
-def measure(run: str, runs: str) -> None:
-    """Measure the latency of a run's sub-networks and front again, without training."""
-    from orchestration.commands.measure_again import measure_again
+@click.option("--device", type=click.Choice(("cpu", "cuda", "auto")), help="Time on this device of this machine.")
+@click.option("--engine", help="Time with this engine: torch or onnxruntime.")
+@click.option("--threads", type=click.IntRange(1), help="Time with this number of threads.")
+@click.option(
+    "--export-kit",
+    "kit",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Write ONNX files and a script of numpy and onnxruntime alone that times them on a device which cannot run dsnet-orch.",
+)
+@click.option(
+    "--import",
+    "result",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Read the result.json of such a script, and show the front on its device.",
+)
+@click.option("--stored", is_flag=True, help="Show the timings of all other devices again, without timing.")
+@AS_JSON
+def measure(run: str, runs: str, kit: Path | None, result: Path | None, **options: Any) -> None:
+    """Measure the latency of a run's sub-networks and front again, without training; or on another
+    device, and say which gates leave the front there.
+
+    Without options everything is timed again on the devices of the sweep. With --device, --engine
+    or --threads the parts of the supernet are timed on this machine, which needs the folder of the
+    run and no images.
+    """
+    from orchestration.commands.measure_elsewhere import MeasureOptions, measure_run
     from orchestration.commands.sweep import open_sweep
-    from orchestration.commands.terminal import show_measured_again
     from orchestration.progress import TerminalProgress
 
     results = open_sweep(run, runs).only_supernet("one is measured at a time")
-    show_measured_again(measure_again(results, TerminalProgress()))
+    measure_run(results, MeasureOptions(kit=kit, result=result, **options), TerminalProgress())
 
 
 @cli.command()
