@@ -7,6 +7,7 @@ size; BatchNorm is folded into the convolutions. The decisions are those of `Rou
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -128,7 +129,8 @@ class _Segments(nn.Module):
         fold_batch_norms(segments)
         self.segments = segments
         self.names = names
-        self.routers = tuple(routers)
+        # Routers keep tensors that they compute once; those of a trace must not stay in them.
+        self.routers = copy.deepcopy(tuple(routers))
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, ...]:
         """See the class."""
@@ -206,11 +208,11 @@ class SegmentGraphs:
 
         try:
             return export(names)
-        except DsnetError as error:
+        except _NotTraceableError as error:
             if not names.decisions:
                 raise
             without = export(replace(names, decisions=()))
-            _log.warning("%s: engines will take the routers' decisions in Python, which is slower", error)
+            _log.warning("%s; engines will ask the routers in Python, which is slower", error)
             return without
 
     def segment(self, gate: int, node: int) -> ModelProto:
@@ -258,15 +260,17 @@ class SegmentGraphs:
         return model
 
 
+class _NotTraceableError(DsnetError):
+    """A network or a decision that cannot be traced."""
+
+
 def _exported(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> ModelProto:
     try:
         with _without_notes():
             program = torch.onnx.export(
-                module,
-                (example,),
+                _traced(module, example),
                 input_names=[IMAGES],
                 output_names=list(outputs),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -274,12 +278,22 @@ def _exported(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> Mod
     except ImportError as error:
         raise DsnetError(f"ONNX files need further packages ({error}): pip install 'dsnet-orch[deploy]'") from error
     except torch.onnx.OnnxExporterError as error:
-        first = str(error).strip().splitlines()[0]
-        raise DsnetError(f"the network cannot be exported to ONNX: {first}") from error
+        raise DsnetError(f"the network cannot be exported to ONNX: {_first_line(error)}") from error
     assert program is not None
     model: ModelProto = program.model_proto
     _read_through_entry(model)
     return model
+
+
+def _traced(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    except Exception as error:  # a user's network or router may raise anything
+        raise _NotTraceableError(f"the network cannot be traced for ONNX: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_through_entry(model: ModelProto) -> None:

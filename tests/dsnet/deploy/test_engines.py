@@ -146,7 +146,7 @@ def test_decisions_that_cannot_be_in_a_graph_stay_in_python(tmp_path: Path, capl
     router = InPython(random_supernet_router("gate", supernet, 3, range(3)))
     save(tmp_path / "bundle", supernet)
     found = write_graphs(supernet, [router], 16, tmp_path)  # type: ignore[list-item]
-    assert "decisions in Python" in caplog.text
+    assert "ask the routers in Python" in caplog.text
     assert found.names.decisions == ()
     tree = RouteTree.of(supernet.subnets)
     segments = GraphSegments(tmp_path, tree, [router], graph_engines()[0], 1)  # type: ignore[list-item]
