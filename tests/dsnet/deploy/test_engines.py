@@ -165,6 +165,8 @@ class InPython:
     gate: Any
 
     def __getattr__(self, name: str) -> Any:
+        if name == "gate":  # not set yet, while it is copied
+            raise AttributeError(name)
         return getattr(self.gate, name)
 
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
