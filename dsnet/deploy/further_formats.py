@@ -152,16 +152,19 @@ def check_program(path: Path, folder: Path) -> int:
 
 
 def check_photo(path: Path, folder: Path) -> int:
-    """Run photos, which are enlarged examples, with the ONNX graphs in every engine that is
-    installed: the pixels inside the graph must be near those of the bundle's decoder, and routes
-    and logits those that the bundle gives for these pixels.
+    """Run photos, which are enlarged examples, with the ONNX graphs in ONNX Runtime: the pixels
+    inside the graph must be near those of the bundle's decoder, and routes and logits those that
+    the bundle gives for these pixels.
+
+    OpenVINO resizes without antialiasing, so that large photos would look different to the network.
 
     Arguments and errors: as `check_single`.
     """
     bundle, count = load_bundle(path, engine=TORCH), 0
     for examples in stored_examples(bundle):
         own, count = bundle.at(examples.point), len(examples.images)
-        for graph in _opened(_file(bundle, folder, examples.point, ONNX)):
+        file = _file(bundle, folder, examples.point, ONNX)
+        for graph in _opened(file, only="onnxruntime"):
             for image in examples.images:
                 photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(_LARGER, Image.Resampling.BICUBIC)
                 logits, route, pixels = map(torch.from_numpy, graph({PHOTO: np.asarray(photo)}))
@@ -251,8 +254,10 @@ def _single_graphs(parts: StoredParts) -> Iterator[tuple[str, ModelProto]]:
     yield from zip(names, single_graphs(parts.supernet, routers, parts.normalization, parts.image_shape), strict=True)
 
 
-def _opened(file: Path) -> list[Graph]:
-    return [engine.open(file, THREADS) for engine in graph_engines() if engine.is_installed]
+def _opened(file: Path, only: str = "") -> list[Graph]:
+    """A graph in every engine that is installed, or in one of them alone."""
+    engines = [engine for engine in graph_engines() if engine.is_installed and only in ("", engine.name)]
+    return [engine.open(file, THREADS) for engine in engines]
 
 
 def _run_graph(graph: Graph, pixels: Tensor) -> tuple[Tensor, Tensor]:

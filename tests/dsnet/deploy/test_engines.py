@@ -52,13 +52,11 @@ def with_graphs(folder: Path) -> Path:
     return folder
 
 
-def saved_with_every_router(folder: Path, supernet: Supernet) -> Path:
+def saved_with_routers(folder: Path, supernet: Supernet, kinds: Sequence[str] = tuple(ROUTER_KINDS)) -> Path:
     """A bundle with an operating point for every kind of router, named after it."""
     recalibrate(supernet, [NORMALIZATION.apply(random_pixels(64))])
     everything = range(len(supernet.subnets))
-    first, *others = (
-        OperatingPoint(kind, random_supernet_router(kind, supernet, 3, everything), {}) for kind in ROUTER_KINDS
-    )
+    first, *others = (OperatingPoint(kind, random_supernet_router(kind, supernet, 3, everything), {}) for kind in kinds)
     return save(folder, supernet, router=first.router, point_name=first.name, further_points=others)
 
 
@@ -66,7 +64,7 @@ def saved_with_every_router(folder: Path, supernet: Supernet) -> Path:
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The bundle of every router for a supernet by its name; only to be read."""
     base = tmp_path_factory.mktemp("graphs")
-    return cache(lambda name: with_graphs(saved_with_every_router(base / name, SUPERNETS[name]())))
+    return cache(lambda name: with_graphs(saved_with_routers(base / name, SUPERNETS[name]())))
 
 
 @pytest.fixture

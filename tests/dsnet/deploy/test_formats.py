@@ -20,7 +20,7 @@ from dsnet.deploy.exporters import CheckedExporter, exporters
 from dsnet.errors import ConfigError, VerificationError
 from dsnet.routers.fixed import FixedRouter
 from tests.dsnet.deploy.test_bundle import save
-from tests.dsnet.deploy.test_engines import SUPERNETS, saved_with_every_router
+from tests.dsnet.deploy.test_engines import SUPERNETS, saved_with_routers
 from tests.dsnet.samples import random_pixels, small_supernet
 
 pytest.importorskip("onnx", reason="extra deploy is not installed")
@@ -28,13 +28,17 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="extra deploy is not ins
 pytestmark = pytest.mark.slow
 
 ONE_IMAGE = ("onnx_single", "torch_export")
+KINDS = {
+    "one gate": ("gate", "evidence_gate", "cascade", "learned_cascade"),
+    "three gates": ("gates", "cascade"),
+}
 
 
 @pytest.fixture(scope="module")
 def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A bundle with a point for every kind of router, by the name of the supernet."""
+    """A bundle with a point for each of several kinds of router, by the name of the supernet."""
     base = tmp_path_factory.mktemp("formats")
-    return cache(lambda name: saved_with_every_router(base / name, SUPERNETS[name]()))
+    return cache(lambda name: saved_with_routers(base / name, SUPERNETS[name](), KINDS[name]))
 
 
 def written(bundle: Path, name: str) -> Path:
