@@ -55,7 +55,7 @@ IMPORTS = click.option(
     is_flag=True,
     expose_value=False,
     callback=_set_allow_imports,
-    help="Allow a network by import path: it runs code of yours.",
+    help=f"Allow a network by import path, which runs code of yours; {ALLOW_IMPORTS}=1 in the environment does the same.",
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
@@ -237,12 +237,13 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
     _quiet_platforms()
     from orchestration.commands.steering import extended, extension_notes
     from orchestration.commands.sweep import open_sweep
+    from orchestration.config.command_lines import launch_command
 
     results = open_sweep(run, runs).results
     config = extended(results, trials, overrides)
     for note in extension_notes(results, config):
         click.echo(note, err=True)
-    return _run(config, take_over=take_over, again=f"dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+    return _run(config, take_over=take_over, again=launch_command(config, results.run.sweep_yaml))
 
 
 @cli.command()
@@ -331,7 +332,9 @@ def init(
     force: bool,
 ) -> None:
     """Inspect a folder of images and write a sweep file for it."""
+    from dsnet.import_path import is_model_path
     from orchestration.commands.init import MODEL, Network, init_sweep
+    from orchestration.config.command_lines import command_line
 
     network = Network(model or MODEL, init_from, targets)
     path, seen = init_sweep(folder, out, name, network, overwrite=force)
@@ -339,7 +342,7 @@ def init(
         click.echo(line)
     click.echo(f"wrote {path}; next:")
     for command in ("plan", "launch"):
-        click.echo(f"  dsnet-orch {command} {shlex.quote(str(path))}")
+        click.echo(f"  {command_line(command, path, own_code=is_model_path(network.model))}")
 
 
 @cli.command("import-checkpoint")
@@ -357,6 +360,7 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
     path of its sweep file."""
     from orchestration.commands.import_checkpoint import ImportSettings
     from orchestration.commands.import_checkpoint import import_checkpoint as make_import
+    from orchestration.config.command_lines import command_line
 
     folder = out if out is not None else Path(checkpoint.name.split(".")[0] + "-imported")
     settings = ImportSettings(
@@ -367,7 +371,7 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
         data=options["data"],
     )
     imported = make_import(checkpoint, folder, settings)
-    click.echo(f"{imported.summary()}; continue with:\n  dsnet-orch launch {imported.sweep}", err=True)
+    click.echo(f"{imported.summary()}; continue with:\n  {command_line('launch', imported.sweep)}", err=True)
     click.echo(imported.sweep)
 
 
@@ -626,6 +630,7 @@ def measure(run: str, runs: str) -> None:
 
 
 @cli.command()
+@IMPORTS
 @RUN
 @RUNS
 def report(run: str, runs: str) -> None:

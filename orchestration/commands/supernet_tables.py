@@ -26,6 +26,7 @@ from orchestration.commands.terminal import (
     show_table,
     tell,
 )
+from orchestration.config.command_lines import launch_command
 from orchestration.progress import json_state, read_task_state
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
@@ -182,7 +183,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if not results.is_verified and not is_running(results.run):
-        say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+        say(f"continue  {launch_command(results.config, results.run.sweep_yaml)}")
 
 
 def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dsnet.routing.table_routing import static_run
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
+from orchestration.config.command_lines import launch_command
 from orchestration.config.export import gate_picks
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
@@ -109,7 +110,8 @@ class RunResults:
         key = self.stage_key(stage)
         if key is None or not self.is_done(stage):
             raise NotFoundError(
-                f"run {self.run.name!r} has not finished its {stage} stage; continue it with: dsnet-orch launch {self.run.sweep_yaml}"
+                f"run {self.run.name!r} has not finished its {stage} stage; continue it with: "
+                f"{launch_command(self.config, self.run.sweep_yaml)}"
             )
         return key
 

@@ -19,6 +19,7 @@ from dashboards.supernets import (
 )
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text
+from orchestration.config.command_lines import command_line, has_own_code, launch_command
 from orchestration.results.report import headline, training_notes
 from orchestration.results.run import RunResults
 from orchestration.results.structure import training_cost
@@ -169,7 +170,8 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
     """
     if not any(member.subnets for member in results.supernets.values()):
         raise NotFoundError(
-            f"run {results.run.name!r} has no measured supernet yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+            f"run {results.run.name!r} has no measured supernet yet; continue it with: "
+            f"{launch_command(results.config, results.run.sweep_yaml)}"
         )
     return write_figure(supernets_figure(supernets_info(results)), path)
 
@@ -188,19 +190,21 @@ def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
 
 
 def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
-    run = results.run
-    sweep, path = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path))
+    run, own_code = results.run, has_own_code(results.config)
     example = next(
         (gate.supernet for gate in results.front_gates), results.entries[0].name if results.entries else "s0"
     )
     return (
-        ("Continue this sweep", f"dsnet-orch launch {sweep}"),
-        ("Show the front on the terminal", f"dsnet-orch pareto {path}"),
-        ("Show one supernet", f"dsnet-orch pareto {shlex.quote(str(run.supernets_dir / example))}"),
-        ("Export the gates on the front as bundles", f"dsnet-orch export {path} --pick all"),
+        ("Continue this sweep", launch_command(results.config, run.sweep_yaml)),
+        ("Show the front on the terminal", command_line("pareto", run.path)),
+        ("Show one supernet", command_line("pareto", run.supernets_dir / example)),
+        (
+            "Export the gates on the front as bundles",
+            command_line("export", run.path, "--pick", "all", own_code=own_code),
+        ),
         (
             "Browse the trials of all supernets as one Optuna study",
             f"optuna-dashboard {shlex.quote(str(run.merged_journal))}",
         ),
-        ("Browse the results in MLflow", f"dsnet-orch ui {path}"),
+        ("Browse the results in MLflow", command_line("ui", run.path)),
     )
