@@ -49,6 +49,7 @@ def report_data(results: SupernetSweepResults, notes: tuple[str, ...], status: s
         model=config.supernet.model,
         info=supernets_info(results),
         headline=global_headline(results),
+        scheduler=config.supernets.scheduler,
         num_test_openings=manifest["test_openings"],
         objectives=tuple(metric.name for metric in config.metrics),
         notes=sweep_training_notes(results) + notes + _sample_notes(results),
@@ -85,12 +86,13 @@ def _supernet(results: SupernetSweepResults, entry: MemberEntry) -> SupernetInfo
     member = results.supernets.get(entry.name)
     if member is None or not member.subnets:
         return info
-    rows, kind = member.points(), member.config.gate.router
+    rows, kind, cost = member.points(), member.config.gate.router, training_cost(member)
     intervals = _intervals(member)
     link = member.run.report_html.relative_to(results.run.path).as_posix()
     return replace(
         info,
-        training_madds=None if (cost := training_cost(member)) is None else cost.total,
+        choice_madds=None if cost is None else cost.choice,
+        training_madds=None if cost is None else cost.joint,
         static_hypervolume=static_hypervolumes(results)[entry.name],
         num_trials=len(member.records),
         num_failed=len(member.failed),
@@ -178,7 +180,11 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
 
 def sweep_training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
     """Warnings about the training of each supernet, in sentences."""
-    return tuple(text for name, member in results.supernets.items() for text in training_notes(member, f"{name}: "))
+    return tuple(
+        text
+        for name, member in results.supernets.items()
+        for text in training_notes(member, f"{results.entry(name).label}: ")
+    )
 
 
 def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
