@@ -165,7 +165,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         print_json(content)
         return
     say(f"run       {results.run.path}")
-    say(f"driver    {driver or 'none'}")
+    tell(f"driver    {driver or 'none'}", INDENT)
     say_progress(results.run, is_finished=results.is_verified)
     lines = [
         (item["name"], item["told"], item["state"], item["epochs"], str(item["trials"]), str(item["front"]))

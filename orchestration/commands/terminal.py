@@ -466,7 +466,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         print_json(content)
         return
     say(f"run       {results.run.path}")
-    say(f"driver    {driver or 'none'}")
+    tell(f"driver    {driver or 'none'}", INDENT)
     say_progress(results.run, is_finished=results.verified is not None)
     show_table(
         ("stage", "status", "time"),

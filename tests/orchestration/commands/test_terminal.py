@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dsnet.files import atomic_write_json, read_json
+from orchestration.commands.messages import complain
 from orchestration.commands.supernet_tables import show_supernets_status
 from orchestration.commands.sweep import find_run
 from orchestration.commands.terminal import say_mlflow, say_places
@@ -104,3 +105,18 @@ def test_the_status_shows_how_to_continue_after_the_driver_was_killed(finished: 
     assert f"continue  dsnet-orch launch {shlex.quote(str(run.sweep_yaml))}" in told
     atomic_write_json(run.lock_path, asdict(LockHolder.this_process("dsnet-orch launch")))
     assert "continue  " not in call(folder, "status", "tiny").out, "a driver works on it"
+
+
+def test_messages_are_wrapped_on_a_terminal_and_whole_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "error: a message that is longer than the forty columns of this terminal\nand has two lines"
+    complain(text)
+    assert capsys.readouterr().err == f"{text}\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("COLUMNS", "40")
+    complain(text)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 40
+    assert " ".join(lines) == " ".join(text.split())

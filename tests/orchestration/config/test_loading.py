@@ -218,6 +218,10 @@ def test_a_layer_with_another_model_begins_without_the_options_of_the_one_below(
     assert other.origins["supernet.options.depth"] == "preset other"
     assert load(sweep, text, preset="same").config.supernet.options == {"width": 0.5}
     assert load(sweep, text, overrides=["supernet.model=ds_resnet"]).config.supernet.options == {}
+    (said,) = load(sweep, text, overrides=["supernet.model=ds_resnet"]).warnings
+    assert said.startswith("--set sets supernet.model to ds_resnet; the options of ds_tiny are left out")
+    assert said.endswith(": supernet.options.width")
+    assert other.warnings == load(sweep, text, preset="same").warnings == ()
     both = ["supernet.model=ds_mbnet", "supernet.options.num_routes=3"]
     assert load(sweep, text, overrides=both).config.supernet.options == {"num_routes": 3}
 
