@@ -47,7 +47,7 @@ def check_pick(text: str) -> str:
     if pick.kind == "name" and not re.fullmatch(r"trial-\d{4,}", text.strip()):
         hint = did_you_mean(text.strip(), ["knee", "all", MEMBERS, FRONT]) or ";"
         raise ValueError(
-            f'pick {text!r}: neither a keyword nor trial-NNNN{hint or ";"} e.g. knee, all, members, front, trial-0042, "max:top1"'
+            f'pick {text!r}: neither a keyword nor trial-NNNN{hint} e.g. knee, all, members, front, trial-0042, "max:top1"'
         )
     return text
 
