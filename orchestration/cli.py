@@ -501,17 +501,32 @@ def pareto(
     type=click.Path(path_type=Path),
     help="Folder for the bundles, one folder each [default: export/ of the run].",
 )
-def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None) -> None:
+@click.option(
+    "--register",
+    metavar="NAME",
+    help="Register each bundle in MLflow as a version of this model [default: export.register_as].",
+)
+def export(
+    run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None, register: str | None
+) -> None:
     """Export gates or static sub-networks of a run as bundles for `dsnet.load_bundle`, and print
-    their folders."""
+    their folders. Those in the folder of a tracked run are also its logged models in MLflow."""
     from dsnet.deploy.exporters import check_format
+    from orchestration.commands.messages import warn
+    from orchestration.commands.mlflow import BundleLog
     from orchestration.commands.sweep import open_sweep
     from orchestration.pipeline.export import write_formats
 
     further = tuple(map(check_format, formats))
-    for path in open_sweep(run, runs).export(picks, out):
+    sweep = open_sweep(run, runs)
+    log = BundleLog(sweep.results, register)
+    paths = sweep.export(picks, out)
+    for path in paths:
         write_formats(path, further)
         click.echo(path)
+    warning = log.write(paths, out)
+    if warning is not None:
+        warn(warning)
 
 
 @cli.command()
@@ -635,15 +650,39 @@ def _check_one_budget(madds_m: float | None, latency_ms: float | None) -> None:
 @IMPORTS
 @RUN
 @RUNS
-def measure(run: str, runs: str) -> None:
-    """Measure the latency of a run's sub-networks and front again, without training."""
-    from orchestration.commands.measure_again import measure_again
+@click.option("--device", type=click.Choice(("cpu", "cuda", "auto")), help="Time on this device of this machine.")
+@click.option("--engine", help="Time with this engine: torch or onnxruntime.")
+@click.option("--threads", type=click.IntRange(1), help="Time with this number of threads.")
+@click.option(
+    "--export-kit",
+    "kit",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Write ONNX files and a script of numpy and onnxruntime alone that times them on a device which cannot run dsnet-orch.",
+)
+@click.option(
+    "--import",
+    "result",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Read the result.json of such a script, and show the front on its device.",
+)
+@click.option("--stored", is_flag=True, help="Show the timings of all other devices again, without timing.")
+@AS_JSON
+def measure(run: str, runs: str, kit: Path | None, result: Path | None, **options: Any) -> None:
+    """Measure the latency of a run's sub-networks and front again, without training; or on another
+    device, and say which gates leave the front there.
+
+    Without options everything is timed again on the devices of the sweep. With --device, --engine
+    or --threads the parts of the supernet are timed on this machine, which needs the folder of the
+    run and no images.
+    """
+    from orchestration.commands.measure_elsewhere import MeasureOptions, measure_run
     from orchestration.commands.sweep import open_sweep
-    from orchestration.commands.terminal import show_measured_again
     from orchestration.progress import TerminalProgress
 
     results = open_sweep(run, runs).only_supernet("one is measured at a time")
-    show_measured_again(measure_again(results, TerminalProgress()))
+    measure_run(results, MeasureOptions(kit=kit, result=result, **options), TerminalProgress())
 
 
 @cli.command()

@@ -466,7 +466,7 @@ def missed(problem: StructureProblem, target: Target, madds: int) -> Iterator[st
     if abs(madds - target.madds) > TOLERANCE * target.madds:
         yield (
             f"{target.name}: {madds / 1e6:.4g} M MAdds (a share of {problem.share(madds):.4g}) are the nearest that the method "
-            f"finds to {target.madds / 1e6:.4g} M"
+            f"finds to {target.madds / 1e6:.4g} M; a smaller supernet.structure.step may come nearer"
         )
 
 

@@ -16,6 +16,8 @@ from dsnet.data.splits import make_splits
 from dsnet.data.tensors import TensorData
 from dsnet.deploy.bundle import Bundle, check_bundle_examples, check_bundle_files, load_bundle, score_bundle
 from dsnet.deploy.engines import TORCH
+from dsnet.deploy.exporters import CheckedExporter, exporters
+from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.errors import DataError, NotFoundError, VerificationError
 from dsnet.space.cost import subnet_cost
 from orchestration.config.loading import load_config
@@ -58,8 +60,20 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     num_examples = max([check_bundle_examples(each) for each in loaded])
     engines = [each.engine for each in loaded]
     checks.append(Check("examples", _examples_finding(num_examples, len(bundle.operating_points), engines)))
+    checks += _check_formats(path)
     if data_path is not None:
         checks += _check_claims(bundle, data_path)
+    return checks
+
+
+def _check_formats(path: Path) -> list[Check]:
+    """Run the examples with the files of every other format that the bundle has; `onnx` is among
+    the engines."""
+    checks = []
+    for name, exporter in exporters().items():
+        if name != ONNX and isinstance(exporter, CheckedExporter) and (path / name).is_dir():
+            number = exporter.check(path, path / name)
+            checks.append(Check(name, f"{number} stored images give the recorded routes and logits"))
     return checks
 
 

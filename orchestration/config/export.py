@@ -9,12 +9,13 @@ from typing import Annotated
 from pydantic import (
     AfterValidator,
     Field,
+    StringConstraints,
 )
 
 from dsnet.deploy.exporters import BUNDLE, check_format
 from dsnet.errors import ConfigError
 from dsnet.wording import did_you_mean
-from orchestration.config.section import Section, Text
+from orchestration.config.section import NAME_PATTERN, Section, Text
 from search.front.pareto import parse_pick
 
 MEMBERS, FRONT = "members", "front"
@@ -59,6 +60,19 @@ def _format(name: str) -> str:
         raise ValueError(str(error)) from error
 
 
+def registered_name(text: str) -> str:
+    """The name, if MLflow's registry and our searches in it take it.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if not re.fullmatch(NAME_PATTERN, text):
+        raise ConfigError(
+            f"{text!r} cannot name a registered model; use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.'"
+        )
+    return text
+
+
 class ExportConfig(Section):
     """Bundles that are exported at the end of a launch."""
 
@@ -72,3 +86,6 @@ class ExportConfig(Section):
     )
     """Formats of each gate. The bundle is always written; every other format is a folder of its
     name inside the bundle."""
+    register_as: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] | None = None
+    """Name of a registered model of MLflow; every exported bundle becomes a version of it. null =
+    bundles are logged models of the run, but are not registered."""

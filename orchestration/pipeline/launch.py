@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dsnet.data.splits import SPLIT_NAMES
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
 from dsnet.files import atomic_write_text
 from dsnet.stop_signals import StopRequest
@@ -41,11 +42,13 @@ from orchestration.runs.stages import StagePlan, plan_stages
 from orchestration.tracking.protocol import Status, Tracker
 from orchestration.tracking.rows import (
     Standing,
+    data_rows,
     make_tracker,
     store_uri,
     sweep_end_ms,
     sweep_row,
     write_artifacts,
+    write_bundles,
     write_front,
     write_overview,
     write_subnets,
@@ -115,7 +118,18 @@ def write_facts(prepared: Prepared, run: RunDir) -> Manifest:
     manifest = Manifest(run.manifest_path)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     manifest.create(seed=prepared.config.seed, hardware=describe_hardware(gpu))
-    manifest.update(data_hashes={"images": prepared.image_set.fingerprint, "splits": prepared.splits.hash})
+    images, splits = prepared.image_set, prepared.splits
+    manifest.update(
+        data_hashes={"images": images.fingerprint, "splits": splits.hash},
+        data={
+            "name": images.name,
+            "path": prepared.config.data.path,
+            "fingerprint": prepared.fingerprint,
+            "image_shape": list(images.image_shape),
+            "num_classes": len(images.class_names),
+            "num_images": {name: len(splits[name]) for name in SPLIT_NAMES},
+        },
+    )
     atomic_write_text(run.sweep_yaml, to_yaml(prepared.config))
     write_splits(run.splits_json, prepared.splits)
     return manifest
@@ -172,7 +186,9 @@ def _run_stages(work: Launch) -> LaunchResult:
     config, run = work.config, work.run
     plans = stage_plans(work)
     _say_what_runs_again(work, plans)
-    work.tracker.parent(sweep_row(work.manifest.read(), run, config))
+    manifest = work.manifest.read()
+    work.tracker.parent(sweep_row(manifest, run, config))
+    work.tracker.datasets(data_rows(manifest))
     prepared = work.prepared
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     needs_ray = not plans["supernet"].is_done or trials_left(run, plans["search"], config) > 0
@@ -255,7 +271,9 @@ def _finish(work: Launch) -> LaunchResult:
     """Write points, report, bundles and MLflow rows, all derived from the results of the stages."""
     results = work.results
     write_outputs(work, work.prepared.notes(), Standing.of(results))
-    bundles = export_picks(work.prepared, results, work.config.export.picks, work.run.export_dir)
+    export, folder = work.config.export, work.run.export_dir
+    bundles = export_picks(work.prepared, results, export.picks, folder)
+    write_bundles(work.tracker, bundles, folder, export.register_as)
     return LaunchResult(results, tuple(bundles))
 
 

@@ -70,11 +70,13 @@ from orchestration.supernets.tracking import (
 from orchestration.tracking.protocol import Tracker
 from orchestration.tracking.rows import (
     Standing,
+    data_rows,
     store_uri,
     sweep_end_ms,
     sweep_row,
     unix_ms,
     write_artifacts,
+    write_bundles,
 )
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
@@ -278,6 +280,7 @@ class _SupernetsLaunch:
         tracker = trackers.make(progress.warn)
         parent = sweep_row(manifest.read(), run, config)
         tracker.parent(parent)
+        tracker.datasets(data_rows(manifest.read()))
         manifests = {name: write_facts(_prepared(member), member.run) for name, member in usable.items()}
         opened = {name: RunResults(member.run, member.config) for name, member in usable.items()}
         results = SupernetSweepResults(run, opened)
@@ -296,6 +299,7 @@ class _SupernetsLaunch:
                 on_record=_shown_in(study, name),
             )
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
+            work.tracker.datasets(data_rows(own.read()))
             stack.enter_context(closing_tracker(member.run, work.tracker, own_progress, _end_of(own)))
             launches[name] = work
         return cls(config, results, usable, launches, manifest, tracker, progress, request, records, study)
@@ -523,6 +527,7 @@ class _SupernetsLaunch:
         write_artifacts(self.tracker, self.run)
         if self.config.tracking.mlflow:
             write_global_overview(self.tracker, results, redraw=True)
+        write_bundles(self.tracker, bundles, self.run.export_dir, self.config.export.register_as)
         return LaunchResult(results, tuple(bundles))
 
     def _finish_member(self, name: str, standing: Standing) -> None:

@@ -383,6 +383,10 @@ BAD_VALUES = [
         "space: {gate.target: 0.5, supernet.options.num_routes: {int: [1, 4]}}",
         "5:56: space.supernet.options.num_routes: no supernet can be made with 1: ",
     ),
+    (
+        "export: {register_as: digits}\ntracking: {mlflow: false}",
+        "5:23: export.register_as: a model is registered in MLflow, but tracking.mlflow is false",
+    ),
     ("export: {picks: ['max:top3']}", "5:18: export.picks.0: pick 'max:top3': unknown metric 'top3'"),
     (
         "space: {gate.target: {uniform: [0.9, 0.05]}}",
