@@ -55,8 +55,9 @@ IMPORTS = click.option(
     is_flag=True,
     expose_value=False,
     callback=_set_allow_imports,
-    help="Allow a network by import path: it runs code of yours.",
+    help=f"Allow a network by import path, which runs code of yours; {ALLOW_IMPORTS}=1 in the environment does the same.",
 )
+POSITIVE = click.FloatRange(min=0, min_open=True)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -136,11 +137,13 @@ def main() -> None:
 
 
 def _fail(error: DsnetError) -> None:
+    from orchestration.commands.messages import complain
+
     if os.environ.get(DEBUG_VARIABLE):
         import traceback
 
         traceback.print_exception(error)
-    click.echo(f"error: {error}", err=True)
+    complain(f"error: {error}")
 
 
 def _load(
@@ -153,12 +156,13 @@ def _load(
     trials: int | None,
 ) -> LoadedConfig:
     from dsnet.families import family_names
+    from orchestration.commands.messages import warn
     from orchestration.config.loading import load_config
 
     flags = {"data.path": data_path, "name": name, "storage.runs": runs, "budget.trials": trials}
     loaded = load_config(sweep, overrides=overrides, flags=flags, preset=preset, known_models=family_names())
     for warning in loaded.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        warn(warning)
     return loaded
 
 
@@ -235,14 +239,16 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
 def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_over: bool) -> int:
     """Raise the trial budget of a run and continue it; finished trials are kept."""
     _quiet_platforms()
+    from orchestration.commands.messages import complain
     from orchestration.commands.steering import extended, extension_notes
     from orchestration.commands.sweep import open_sweep
+    from orchestration.config.command_lines import launch_command
 
     results = open_sweep(run, runs).results
     config = extended(results, trials, overrides)
     for note in extension_notes(results, config):
-        click.echo(note, err=True)
-    return _run(config, take_over=take_over, again=f"dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+        complain(note)
+    return _run(config, take_over=take_over, again=launch_command(config, results.run.sweep_yaml))
 
 
 @cli.command()
@@ -331,15 +337,18 @@ def init(
     force: bool,
 ) -> None:
     """Inspect a folder of images and write a sweep file for it."""
+    from dsnet.import_path import is_model_path
     from orchestration.commands.init import MODEL, Network, init_sweep
+    from orchestration.commands.terminal import tell
+    from orchestration.config.command_lines import command_line
 
     network = Network(model or MODEL, init_from, targets)
     path, seen = init_sweep(folder, out, name, network, overwrite=force)
     for line in seen.lines:
-        click.echo(line)
+        tell(line)
     click.echo(f"wrote {path}; next:")
     for command in ("plan", "launch"):
-        click.echo(f"  dsnet-orch {command} {shlex.quote(str(path))}")
+        click.echo(f"  {command_line(command, path, own_code=is_model_path(network.model))}")
 
 
 @cli.command("import-checkpoint")
@@ -357,6 +366,7 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
     path of its sweep file."""
     from orchestration.commands.import_checkpoint import ImportSettings
     from orchestration.commands.import_checkpoint import import_checkpoint as make_import
+    from orchestration.config.command_lines import command_line
 
     folder = out if out is not None else Path(checkpoint.name.split(".")[0] + "-imported")
     settings = ImportSettings(
@@ -367,7 +377,7 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
         data=options["data"],
     )
     imported = make_import(checkpoint, folder, settings)
-    click.echo(f"{imported.summary()}; continue with:\n  dsnet-orch launch {imported.sweep}", err=True)
+    click.echo(f"{imported.summary()}; continue with:\n  {command_line('launch', imported.sweep)}", err=True)
     click.echo(imported.sweep)
 
 
@@ -545,10 +555,13 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("photos", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
-    "--budget-madds", "madds_m", type=float, help="Use the best operating point of at most so many million MAdds."
+    "--budget-madds", "madds_m", type=POSITIVE, help="Use the best operating point of at most so many million MAdds."
 )
 @click.option(
-    "--budget-latency", "latency_ms", type=float, help="Use the best operating point of at most so many ms at batch 1."
+    "--budget-latency",
+    "latency_ms",
+    type=POSITIVE,
+    help="Use the best operating point of at most so many ms at batch 1.",
 )
 @AS_JSON
 def predict(
@@ -562,6 +575,7 @@ def predict(
     """
     from orchestration.commands.predict import predict_files
 
+    _check_one_budget(madds_m, latency_ms)
     return predict_files(bundle, photos, as_json=as_json, madds_m=madds_m, latency_ms=latency_ms)
 
 
@@ -611,8 +625,8 @@ def predict(
     show_default=True,
     help="Largest body of a request in MiB.",
 )
-@click.option("--budget-madds", "madds_m", type=float, help="Budget of requests without one, in million MAdds.")
-@click.option("--budget-latency", "latency_ms", type=float, help="Budget of requests without one, in ms at batch 1.")
+@click.option("--budget-madds", "madds_m", type=POSITIVE, help="Budget of requests without one, in million MAdds.")
+@click.option("--budget-latency", "latency_ms", type=POSITIVE, help="Budget of requests without one, in ms at batch 1.")
 def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
     """Answer HTTP requests with a bundle on 127.0.0.1 until Ctrl-C.
 
@@ -620,9 +634,16 @@ def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
     how it is. Requests that arrive together are answered in batches.
     """
     _quiet_platforms()
+    from orchestration.commands.terminal import say
     from orchestration.serving.command import serve_until_stopped
 
-    serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options))
+    _check_one_budget(options["madds_m"], options["latency_ms"])
+    serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options), say)
+
+
+def _check_one_budget(madds_m: float | None, latency_ms: float | None) -> None:
+    if madds_m is not None and latency_ms is not None:
+        raise click.UsageError("--budget-madds and --budget-latency are two budgets; give one of them")
 
 
 @cli.command()
@@ -665,6 +686,7 @@ def measure(run: str, runs: str, kit: Path | None, result: Path | None, **option
 
 
 @cli.command()
+@IMPORTS
 @RUN
 @RUNS
 def report(run: str, runs: str) -> None:
@@ -702,6 +724,7 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
     _quiet_platforms()
     from orchestration.commands.mlflow import newest_pages, pages_of
     from orchestration.commands.sweep import open_sweep
+    from orchestration.commands.terminal import say
     from orchestration.pipeline.signals import wait_for_stop
     from orchestration.tracking.links import open_in_browser
     from orchestration.tracking.server import serve_ui
@@ -713,10 +736,11 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
             click.echo(f"{link.name}: {url}{link.path}")
         if not pages.links:
             click.echo("no run has a chart in MLflow yet; create one with: dsnet-orch ui RUN")
-        click.echo(f"all of MLflow: {url}   (stop it with Ctrl-C)")
+        say(f"all of MLflow: {url}   (stop it with Ctrl-C)")
         if pages.links and not no_open:
             open_in_browser(url + pages.links[0].path)
         wait_for_stop()
+        click.echo("stopping ...", err=True)
 
 
 def _quiet_platforms() -> None:

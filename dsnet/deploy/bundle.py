@@ -551,10 +551,22 @@ def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bun
 
 def _stored_supernet(path: Path, manifest: Mapping[str, Any]) -> tuple[Supernet, Mapping[str, Tensor]]:
     """The supernet in eval mode on the CPU, and all tensors of the bundle."""
-    weights = load_tensors(path / "weights.safetensors", manifest["files"]["weights.safetensors"])
+    weights = _tensors_of(path, manifest, "weights.safetensors")
     supernet = rebuild(SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"]))
     load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
     return supernet.eval(), weights
+
+
+def _tensors_of(path: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of a file of a bundle.
+
+    Raises:
+        CheckpointError: it is not the file that was exported.
+    """
+    try:
+        return load_tensors(path / name, manifest["files"][name])
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; export the bundle again") from error
 
 
 def _points(path: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[OperatingPoint, ...]:
@@ -639,7 +651,9 @@ def check_bundle_files(bundle: Bundle) -> None:
     for name, expected in bundle.manifest["files"].items():
         file = bundle.path / name
         if not file.is_file() or file_sha256(file) != expected:
-            raise VerificationError(f"{file}: missing, or not the file that was exported (its SHA-256 differs)")
+            raise VerificationError(
+                f"{file}: missing, or not the file that was exported (its SHA-256 differs); export the bundle again"
+            )
 
 
 class Examples(NamedTuple):
@@ -661,7 +675,7 @@ def stored_examples(bundle: Bundle) -> Iterator[Examples]:
     Raises:
         VerificationError: those of a point are not stored.
     """
-    stored = load_tensors(bundle.path / EXAMPLES, bundle.manifest["files"][EXAMPLES])
+    stored = _tensors_of(bundle.path, bundle.manifest, EXAMPLES)
     images = stored["images"]
     points = bundle.manifest.get("points")
     if points is None:

@@ -486,7 +486,7 @@ def check_different(problem: StructureProblem, members: Sequence[Subnet]) -> Non
                 else "remove one target, or use a smaller step"
             )
             raise ConfigError(
-                f"supernet.structure: {other} and {member.name} are the same sub-network, with widths "
+                f"supernet.structure: {other!r} and {member.name!r} are the same sub-network, with widths "
                 f"{list(member.widths)}: {way}"
             )
 

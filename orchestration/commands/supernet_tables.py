@@ -26,6 +26,7 @@ from orchestration.commands.terminal import (
     show_table,
     tell,
 )
+from orchestration.config.command_lines import launch_command
 from orchestration.progress import json_state, read_task_state
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
@@ -48,7 +49,7 @@ def show_supernets_launch(results: SupernetSweepResults, bundles: Sequence[Path]
     show_supernets_front(results, (), as_json=False)
     say()
     for name, member in results.supernets.items():
-        say_training_warnings(review(member), f"{name}: ")
+        say_training_warnings(review(member), f"{results.entry(name).label}: ")
     say_places(results, bundles)
     say(f"study     {run.merged_journal}   (trials of all supernets; open it with optuna-dashboard)")
     say(
@@ -104,10 +105,11 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
         )
         return
     further = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
-    columns = ("supernet", "gate", "router", "top-1\u00a0% val", "top-1\u00a0% test [95\u00a0%]", "MAdds M", *further)
+    numbers = ("top-1\u00a0% val", "top-1\u00a0% test [95\u00a0%]", "MAdds M val", *(f"{name} val" for name in further))
+    columns = ("supernet", "gate", "router", *numbers)
     lines = [
         (
-            row["supernet"],
+            results.entry(row["supernet"]).label,
             trial_name(row["slot"]),
             row["router"],
             percent(row["val"]["top1"]),
@@ -163,7 +165,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         print_json(content)
         return
     say(f"run       {results.run.path}")
-    say(f"driver    {driver or 'none'}")
+    tell(f"driver    {driver or 'none'}", INDENT)
     say_progress(results.run, is_finished=results.is_verified)
     lines = [
         (item["name"], item["told"], item["state"], item["epochs"], str(item["trials"]), str(item["front"]))
@@ -172,17 +174,18 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
     settings = Column("settings", is_text=True, wraps=True)
     show_table(("supernet", settings, "state", "epochs", "trials", "on the front"), lines, num_left=3)
     for item in members:
+        label = results.entry(item["name"]).label
         if item["reason"]:
-            tell(f"{item['name']} {item['state']}: {item['reason']}")
+            tell(f"{label} {item['state']}: {item['reason']}")
         for warning in item["warnings"]:
-            tell(f"warning   {item['name']}: {warning['text']}; {warning['way_out']}", INDENT)
+            tell(f"warning   {label}: {warning['text']}; {warning['way_out']}", INDENT)
     say(f"trials    {results.num_trials} finished; {results.config.budget.trials} for each trained supernet")
     say(f"front     {plural(len(results.front_gates), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
     journal = results.run.merged_journal
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if not results.is_verified and not is_running(results.run):
-        say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+        say(f"continue  {launch_command(results.config, results.run.sweep_yaml)}")
 
 
 def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]:

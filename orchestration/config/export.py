@@ -33,7 +33,12 @@ def point_sets(picks: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.strip() for text in picks if text.strip() in (MEMBERS, FRONT)))
 
 
-def _pick(text: str) -> str:
+def check_pick(text: str) -> str:
+    """A pick as it was written.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     if point_sets([text]):
         return text
     try:
@@ -41,9 +46,9 @@ def _pick(text: str) -> str:
     except ConfigError as error:
         raise ValueError(str(error)) from error
     if pick.kind == "name" and not re.fullmatch(r"trial-\d{4,}", text.strip()):
-        hint = did_you_mean(text, ["knee", "all", MEMBERS, FRONT])
+        hint = did_you_mean(text.strip(), ["knee", "all", MEMBERS, FRONT]) or ";"
         raise ValueError(
-            f'pick {text!r}: neither a keyword nor trial-NNNN{hint}; e.g. knee, all, members, front, trial-0042, "max:top1"'
+            f'pick {text!r}: neither a keyword nor trial-NNNN{hint} e.g. knee, all, members, front, trial-0042, "max:top1"'
         )
     return text
 
@@ -71,7 +76,9 @@ def registered_name(text: str) -> str:
 class ExportConfig(Section):
     """Bundles that are exported at the end of a launch."""
 
-    picks: Annotated[tuple[Annotated[Text, AfterValidator(_pick)], ...], Field(strict=False, min_length=1)] = ("knee",)
+    picks: Annotated[tuple[Annotated[Text, AfterValidator(check_pick)], ...], Field(strict=False, min_length=1)] = (
+        "knee",
+    )
     """Gates to export, a bundle each: knee, all, trial-0042, "max:top1 where madds_m<=200", ... One
     bundle of several operating points: members (all static sub-networks), front (all its gates)."""
     formats: Annotated[tuple[Annotated[Text, AfterValidator(_format)], ...], Field(strict=False, min_length=1)] = (

@@ -19,6 +19,7 @@ from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
+from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.sweep import SweepConfig
 from orchestration.config.written import to_yaml
 from orchestration.pipeline.context import Launch
@@ -177,7 +178,7 @@ def closing_tracker(
         summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
         if summary.num_unsent:
             progress.warn(
-                f"{plural(summary.num_unsent, 'write')} to MLflow failed; repeat them later with: dsnet-orch sync {run.path}"
+                f"{plural(summary.num_unsent, 'write')} to MLflow failed; repeat them later with: {command_line('sync', run.path)}"
             )
 
 
@@ -259,9 +260,10 @@ def _nothing_feasible(results: RunResults) -> str:
         name for record in results.records for name, value in record.constraints.items() if value > 0
     ).most_common(1)
     name, count = broken[0] if broken else ("being best at a rung", len(results.pruned))
+    extend = command_line("extend", results.run.name, "--trials", "+N", own_code=has_own_code(results.config))
     return (
         f"none of {plural(len(results.records), 'trial')} is feasible; {count} violate {name}. Relax it, run more trials "
-        f"(dsnet-orch extend {results.run.name} --trials +N), or enqueue a point that should satisfy it"
+        f"({extend}), or enqueue a point that should satisfy it"
     )
 
 

@@ -232,7 +232,7 @@ class Prepared:
         notes = []
         if min(num_val, num_test) < 1000:
             notes.append(
-                f"Smoke result: {num_val} images in val and {num_test} in test, so that one image is "
+                f"Few images: {num_val} in val and {num_test} in test, so that one image is "
                 f"{100 / min(num_val, num_test):.2f} points of accuracy."
             )
         return tuple(notes)

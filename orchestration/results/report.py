@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -37,6 +36,7 @@ from dsnet.files import atomic_write_text, read_json
 from dsnet.gates.fit import COLLAPSE_SHARE
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.wording import plural
+from orchestration.config.command_lines import command_line, has_own_code, launch_command
 from orchestration.config.resolve import constraint_set
 from orchestration.results.measured import static_metrics
 from orchestration.results.run import RunResults
@@ -104,13 +104,15 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
 
 def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
     """(what it does, command) pairs for working with the run from any folder."""
-    run = results.run
-    sweep, path = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path))
+    run, own_code = results.run, has_own_code(results.config)
     return (
-        ("Continue this run", f"dsnet-orch launch {sweep}"),
-        ("Show the front on the terminal", f"dsnet-orch pareto {path}"),
-        ("Export the gates on the front as bundles", f"dsnet-orch export {path} --pick all"),
-        ("Browse the results in MLflow", f"dsnet-orch ui {path}"),
+        ("Continue this run", launch_command(results.config, run.sweep_yaml)),
+        ("Show the front on the terminal", command_line("pareto", run.path)),
+        (
+            "Export the gates on the front as bundles",
+            command_line("export", run.path, "--pick", "all", own_code=own_code),
+        ),
+        ("Browse the results in MLflow", command_line("ui", run.path)),
     )
 
 
@@ -137,7 +139,7 @@ def timing_doubt(results: RunResults) -> str | None:
     others = f"; and {plural(len(found) - 1, 'more timing')}" if len(found) > 1 else ""
     return (
         f"the latencies are unreliable, because the machine was busy or its times varied ({found[0]}{others}); "
-        f"measure again on an idle machine: dsnet-orch measure {shlex.quote(str(results.run.path))}"
+        f"measure again on an idle machine: {command_line('measure', results.run.path, own_code=has_own_code(results.config))}"
     )
 
 
@@ -205,7 +207,8 @@ def draw_front(results: RunResults, path: Path) -> Path:
     info = front_info(results)
     if info is None:
         raise NotFoundError(
-            f"run {results.run.name!r} has no front yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+            f"run {results.run.name!r} has no front yet; continue it with: "
+            f"{launch_command(results.config, results.run.sweep_yaml)}"
         )
     return write_figure(front_figure(info), path)
 
@@ -221,7 +224,8 @@ def draw_routers(results: RunResults, path: Path) -> Path:
     info = routers_of(results)
     if info is None:
         raise NotFoundError(
-            f"run {results.run.name!r} has not been verified yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+            f"run {results.run.name!r} has not been verified yet; continue it with: "
+            f"{launch_command(results.config, results.run.sweep_yaml)}"
         )
     return write_figure(routers_figure(info), path)
 

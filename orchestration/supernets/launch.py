@@ -204,23 +204,23 @@ def _entry(member: Member, earlier: MemberEntry | None) -> MemberEntry:
 
 
 class _PrefixedProgress:
-    """A progress view for one member: its name precedes every line and title."""
+    """A progress view for one member: its label precedes every line and title."""
 
-    def __init__(self, progress: ProgressView, name: str) -> None:
+    def __init__(self, progress: ProgressView, label: str) -> None:
         self._progress = progress
-        self._name = name
+        self._label = label
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self._progress.say(f"{self._name}: {text}")
+        self._progress.say(f"{self._label}: {text}")
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self._progress.warn(f"{self._name}: {text}")
+        self._progress.warn(f"{self._label}: {text}")
 
     def bar(self, task: Task) -> AbstractContextManager[Bar]:
         """Show a progress bar for the length of a with-block."""
-        return self._progress.bar(replace(task, title=f"{self._name}: {task.title}"))
+        return self._progress.bar(replace(task, title=f"{self._label}: {task.title}"))
 
 
 @dataclass
@@ -288,7 +288,7 @@ class _SupernetsLaunch:
         launches = {}
         for name, member in usable.items():
             own = manifests[name]
-            own_progress = _PrefixedProgress(progress, name)
+            own_progress = _PrefixedProgress(progress, member.label)
             work = Launch(
                 _prepared(member),
                 opened[name],
@@ -440,7 +440,7 @@ class _SupernetsLaunch:
             self.study.add_supernet(entry)
         trained = [fate.name for fate in fates if fate.state == "trained"]
         if not trained:
-            reasons = "; ".join(f"{fate.name}: {fate.reason}" for fate in fates)
+            reasons = "; ".join(f"{self.records[fate.name].label}: {fate.reason}" for fate in fates)
             raise NothingFeasibleError(f"no supernet completed its training; {reasons}")
         return trained
 
@@ -495,7 +495,7 @@ class _SupernetsLaunch:
                 slots = sorted(gate.slot for gate in results.front_sample if gate.supernet == name)
                 _write_changed(member.run.chosen_json(member.done_key("search")), {"slots": slots})
         shares = Counter(gate.supernet for gate in results.front_gates)
-        told = ", ".join(f"{count} of {name}" for name, count in shares.items())
+        told = ", ".join(f"{count} of {results.entry(name).label}" for name, count in shares.items())
         self.progress.say(
             f"front over {plural(len(results.supernets), 'supernet')}: {plural(len(results.front_gates), 'gate')} ({told})"
         )
@@ -618,7 +618,7 @@ class _TrainingListener:
     def _show(self, name: str, epoch: float, text: str) -> None:
         self._epochs[name] = max(epoch, self._epochs.get(name, 0.0))
         if self.bar is not None:
-            self.bar.update(sum(self._epochs.values()), f"{name}  epoch {epoch:.3g}  {text}")
+            self.bar.update(sum(self._epochs.values()), f"{self._sweep.records[name].label}  epoch {epoch:.3g}  {text}")
 
 
 def _with_times(entry: MemberEntry, work: Launch) -> MemberEntry:

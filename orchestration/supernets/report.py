@@ -19,6 +19,7 @@ from dashboards.supernets import (
 )
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text
+from orchestration.config.command_lines import command_line, has_own_code, launch_command
 from orchestration.results.report import headline, training_notes
 from orchestration.results.run import RunResults
 from orchestration.results.structure import training_cost
@@ -48,6 +49,7 @@ def report_data(results: SupernetSweepResults, notes: tuple[str, ...], status: s
         model=config.supernet.model,
         info=supernets_info(results),
         headline=global_headline(results),
+        scheduler=config.supernets.scheduler,
         num_test_openings=manifest["test_openings"],
         objectives=tuple(metric.name for metric in config.metrics),
         notes=sweep_training_notes(results) + notes + _sample_notes(results),
@@ -84,12 +86,13 @@ def _supernet(results: SupernetSweepResults, entry: MemberEntry) -> SupernetInfo
     member = results.supernets.get(entry.name)
     if member is None or not member.subnets:
         return info
-    rows, kind = member.points(), member.config.gate.router
+    rows, kind, cost = member.points(), member.config.gate.router, training_cost(member)
     intervals = _intervals(member)
     link = member.run.report_html.relative_to(results.run.path).as_posix()
     return replace(
         info,
-        training_madds=None if (cost := training_cost(member)) is None else cost.total,
+        choice_madds=None if cost is None else cost.choice,
+        training_madds=None if cost is None else cost.joint,
         static_hypervolume=static_hypervolumes(results)[entry.name],
         num_trials=len(member.records),
         num_failed=len(member.failed),
@@ -169,14 +172,19 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
     """
     if not any(member.subnets for member in results.supernets.values()):
         raise NotFoundError(
-            f"run {results.run.name!r} has no measured supernet yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+            f"run {results.run.name!r} has no measured supernet yet; continue it with: "
+            f"{launch_command(results.config, results.run.sweep_yaml)}"
         )
     return write_figure(supernets_figure(supernets_info(results)), path)
 
 
 def sweep_training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
     """Warnings about the training of each supernet, in sentences."""
-    return tuple(text for name, member in results.supernets.items() for text in training_notes(member, f"{name}: "))
+    return tuple(
+        text
+        for name, member in results.supernets.items()
+        for text in training_notes(member, f"{results.entry(name).label}: ")
+    )
 
 
 def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
@@ -188,19 +196,21 @@ def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
 
 
 def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
-    run = results.run
-    sweep, path = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path))
+    run, own_code = results.run, has_own_code(results.config)
     example = next(
         (gate.supernet for gate in results.front_gates), results.entries[0].name if results.entries else "s0"
     )
     return (
-        ("Continue this sweep", f"dsnet-orch launch {sweep}"),
-        ("Show the front on the terminal", f"dsnet-orch pareto {path}"),
-        ("Show one supernet", f"dsnet-orch pareto {shlex.quote(str(run.supernets_dir / example))}"),
-        ("Export the gates on the front as bundles", f"dsnet-orch export {path} --pick all"),
+        ("Continue this sweep", launch_command(results.config, run.sweep_yaml)),
+        ("Show the front on the terminal", command_line("pareto", run.path)),
+        ("Show one supernet", command_line("pareto", run.supernets_dir / example)),
+        (
+            "Export the gates on the front as bundles",
+            command_line("export", run.path, "--pick", "all", own_code=own_code),
+        ),
         (
             "Browse the trials of all supernets as one Optuna study",
             f"optuna-dashboard {shlex.quote(str(run.merged_journal))}",
         ),
-        ("Browse the results in MLflow", f"dsnet-orch ui {path}"),
+        ("Browse the results in MLflow", command_line("ui", run.path)),
     )
