@@ -31,8 +31,8 @@ from dsnet.deploy.bundle import (
 )
 from dsnet.deploy.engines import TORCH, Graph, graph_engines
 from dsnet.deploy.materialize import materialize
-from dsnet.deploy.one_image import OUTPUTS, PIXELS, single_graphs, torch_program
-from dsnet.deploy.onnx_graphs import to_onnx, traced
+from dsnet.deploy.one_image import PIXELS, on_pixels, single_graphs, torch_program
+from dsnet.deploy.onnx_graphs import SegmentGraphs, traced
 from dsnet.deploy.photo_input import PHOTO, check_photos, with_photo_input
 from dsnet.errors import VerificationError
 from dsnet.network.precision import exact_float32
@@ -103,13 +103,14 @@ def write_static(path: Path, folder: Path) -> None:
     Arguments and errors: as `write_single`.
     """
     parts = stored_parts(path)
-    for subnet in parts.supernet.subnets:
+    graphs = SegmentGraphs.of(parts.supernet, (), parts.image_shape[1])
+    for route, subnet in enumerate(parts.supernet.subnets):
+        model = on_pixels(graphs.static(route), parts.normalization)
+        (folder / f"{subnet.name}{ONNX}").write_bytes(model.SerializeToString())
         module = _OnPixels(materialize(parts.supernet, subnet, fold_bn=True), parts.normalization).eval()
         example = torch.zeros(2, *parts.image_shape, dtype=torch.uint8)
         program = traced(module, example, {0: torch.export.Dim("batch")})
         torch.export.save(program, folder / f"{subnet.name}{PROGRAM}")
-        model = to_onnx(program, PIXELS, OUTPUTS[:1])
-        (folder / f"{subnet.name}{ONNX}").write_bytes(model.SerializeToString())
 
 
 class _OnPixels(nn.Module):
@@ -193,7 +194,7 @@ def check_static(path: Path, folder: Path) -> int:
             logits = materialize(parts.supernet, subnet)(parts.normalization.apply(images))
         routes = torch.full((len(images),), route)
         runs = [
-            lambda pixels, graph=graph: torch.from_numpy(graph({PIXELS: pixels.numpy()})[0])
+            lambda pixels, graph=graph: torch.from_numpy(next(iter(graph({PIXELS: pixels.numpy()}))))
             for graph in _opened(_existing(folder / f"{subnet.name}{ONNX}"))
         ]
         runs.append(torch.export.load(_existing(folder / f"{subnet.name}{PROGRAM}")).module())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,6 +120,30 @@ def single_graphs(
         yield gluing.model(plan, normalization, image_shape)
 
 
+def on_pixels(model: ModelProto, normalization: Normalization) -> ModelProto:
+    """A graph whose input is pixels, uint8, in place of normalised images.
+
+    Args:
+        model: a graph with the input `IMAGES`; it is changed.
+        normalization: of the pixels.
+    """
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    shape = [each.dim_param or each.dim_value for each in graph.input[0].type.tensor_type.shape.dim]
+    nodes = [helper.make_node("Cast", [PIXELS], ["pixels_float"], to=TensorProto.FLOAT)]
+    for kind, first, name, values, output in (
+        ("Sub", "pixels_float", "pixel_mean", normalization.mean, "pixels_centred"),
+        ("Div", "pixels_centred", "pixel_std", normalization.std, IMAGES),
+    ):
+        graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, (1, len(values), 1, 1), values))
+        nodes.append(helper.make_node(kind, [first, name], [output]))
+    for place, node in enumerate(nodes):
+        graph.node.insert(place, node)
+    graph.input[0].CopyFrom(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, shape))
+    return model
+
+
 class _Gluing:
     """Puts the parts of an exported graph together again, with `If` operators at the decisions."""
 
@@ -138,26 +163,16 @@ class _Gluing:
         """The whole graph."""
         from onnx import TensorProto, checker
 
-        make, num_classes = self.make, self.num_classes
+        make = self.make
         graph = self._graph(plan, IMAGES, frozenset(), OUTPUTS)
-        mean, std = (
-            make.make_tensor(name, TensorProto.FLOAT, (1, len(values), 1, 1), values)
-            for name, values in (("pixel_mean", normalization.mean), ("pixel_std", normalization.std))
-        )
-        before = [
-            make.make_node("Cast", [PIXELS], ["pixels_float"], to=TensorProto.FLOAT),
-            make.make_node("Sub", ["pixels_float", mean.name], ["pixels_centred"]),
-            make.make_node("Div", ["pixels_centred", std.name], [IMAGES]),
-        ]
         outputs = [
-            make.make_tensor_value_info(OUTPUTS[0], TensorProto.FLOAT, (1, num_classes)),
+            make.make_tensor_value_info(OUTPUTS[0], TensorProto.FLOAT, (1, self.num_classes)),
             make.make_tensor_value_info(OUTPUTS[1], TensorProto.INT64, (1,)),
         ]
-        pixels = make.make_tensor_value_info(PIXELS, TensorProto.UINT8, (1, *image_shape))
-        whole = make.make_graph(
-            [*before, *graph.node], "dsnet", [pixels], outputs, [mean, std, *graph.initializer], value_info=[]
-        )
+        inputs = [make.make_tensor_value_info(IMAGES, TensorProto.FLOAT, (1, *image_shape))]
+        whole = make.make_graph(list(graph.node), "dsnet", inputs, outputs, list(graph.initializer))
         model = make.make_model(whole, opset_imports=self.whole.opset_import, ir_version=self.whole.ir_version)
+        model = on_pixels(model, normalization)
         checker.check_model(model, full_check=True)
         return model
 
@@ -289,6 +304,9 @@ class OneImage(nn.Module):
         fold_batch_norms(segments)
         self.segments = segments
         self.router = copy.deepcopy(router)  # it keeps tensors that it computes once, also those of a trace
+        _compute_cached(self.router, self.segments.tree, *self.segments.tree.gates)
+        if isinstance(tree := getattr(self.router, "tree", None), RouteTree):
+            _compute_cached(tree, *tree.gates)
         self.mean: Tensor
         self.std: Tensor
         for name, values in (("mean", normalization.mean), ("std", normalization.std)):
@@ -338,6 +356,14 @@ class OneImage(nn.Module):
         is_own = torch.stack([chosen[0] == result for result in results]).any()
         found: tuple[Tensor, Tensor] = torch.cond(is_own, run, run_another, known)
         return found
+
+
+def _compute_cached(*objects: object) -> None:
+    """Compute the cached properties of objects, because a branch of `torch.cond` cannot."""
+    for each in objects:
+        for name, value in vars(type(each)).items():
+            if isinstance(value, cached_property):
+                getattr(each, name)
 
 
 @torch.inference_mode(False)  # a program takes no tensors of inference mode

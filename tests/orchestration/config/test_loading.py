@@ -349,7 +349,7 @@ BAD_VALUES = [
     ),
     (
         "measure: {engine: onnxruntme}",
-        "5:19: measure.engine: unknown engine 'onnxruntme'; did you mean 'onnxruntime'? known: onnxruntime, torch",
+        "5:19: measure.engine: unknown engine 'onnxruntme'; did you mean 'onnxruntime'? known: onnxruntime, openvino, torch",
     ),
     (
         "measure: {device: cuda, engine: onnxruntime}",
