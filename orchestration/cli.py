@@ -563,9 +563,10 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
     type=POSITIVE,
     help="Use the best operating point of at most so many ms at batch 1.",
 )
-@AS_JSON
+@click.option("--json", "form", flag_value="json", help="Print JSON.")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV with a header.")
 def predict(
-    bundle: Path, photos: tuple[Path, ...], madds_m: float | None, latency_ms: float | None, as_json: bool
+    bundle: Path, photos: tuple[Path, ...], madds_m: float | None, latency_ms: float | None, form: str | None
 ) -> int:
     """Classify photos with a bundle.
 
@@ -576,7 +577,7 @@ def predict(
     from orchestration.commands.predict import predict_files
 
     _check_one_budget(madds_m, latency_ms)
-    return predict_files(bundle, photos, as_json=as_json, madds_m=madds_m, latency_ms=latency_ms)
+    return predict_files(bundle, photos, form=form, madds_m=madds_m, latency_ms=latency_ms)
 
 
 @cli.command()

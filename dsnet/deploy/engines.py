@@ -117,6 +117,11 @@ def chosen_engine(name: str, has_graphs: bool, on_cpu: bool) -> Engine | None:
     return engine
 
 
+def can_write_graphs() -> bool:
+    """Whether the packages that write ONNX graphs are installed."""
+    return all(find_spec(package) is not None for package in _EXPORT_PACKAGES)
+
+
 def timing_engine(name: str) -> Engine | None:
     """The engine with which latency is measured on the CPU; None for torch.
 

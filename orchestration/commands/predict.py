@@ -1,7 +1,9 @@
-"""`dsnet-orch predict`: classify photos with a bundle and print a table or JSON."""
+"""`dsnet-orch predict`: classify photos with a bundle and print a table, JSON or CSV."""
 
 from __future__ import annotations
 
+import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,19 @@ COLUMNS = (
     Column("probability\u00a0%"),
     Column("route", is_text=True, drop=1),
     Column("MAdds M", drop=1),
+    Column("ms", drop=2),
 )
+JSON_NAMES = ("file", "class", "probability", "route", "madds", "milliseconds")
+"""Names of the values of a photo in JSON and CSV."""
+JSON, CSV = "json", "csv"
+"""Forms of the output beside the table."""
 
 
 def predict_files(
     path: Path,
     photos: Sequence[Path],
     *,
-    as_json: bool,
+    form: str | None = None,
     madds_m: float | None = None,
     latency_ms: float | None = None,
 ) -> int:
@@ -38,7 +45,7 @@ def predict_files(
     Args:
         path: folder of the bundle.
         photos: files and folders.
-        as_json: print JSON instead of a table.
+        form: `JSON` or `CSV` instead of a table.
         madds_m: budget by which an operating point is chosen, as by `Bundle.at`; without a budget
             it is the bundle's own.
         latency_ms: the same, as a latency.
@@ -58,13 +65,17 @@ def predict_files(
     if madds_m is not None or latency_ms is not None:
         bundle = bundle.at(madds_m=madds_m, latency_ms=latency_ms)
     answers = bundle.predict(photos, on_error=lambda file, error: unreadable.append((file, error)))
-    if as_json:
+    if form == JSON:
         print_json(
             {
                 "predictions": list(map(_json_row, answers)),
                 "unreadable": [{"file": str(file), "error": str(error)} for file, error in unreadable],
             }
         )
+    elif form == CSV:
+        rows = csv.DictWriter(sys.stdout, list(JSON_NAMES), lineterminator="\n")
+        rows.writeheader()
+        rows.writerows(map(_json_row, answers))
     elif answers:
         show_table(COLUMNS, list(map(_row, answers)))
     for _, error in unreadable:
@@ -82,14 +93,17 @@ def _row(answer: PhotoPrediction) -> tuple[str, ...]:
         percent(answer.probability),
         answer.route,
         f"{answer.madds / 1e6:.4g}",
+        f"{answer.milliseconds:.3g}",
     )
 
 
 def _json_row(answer: PhotoPrediction) -> dict[str, Any]:
-    return {
-        "file": str(answer.file),
-        "class": answer.class_name,
-        "probability": answer.probability,
-        "route": answer.route,
-        "madds": answer.madds,
-    }
+    values = (
+        str(answer.file),
+        answer.class_name,
+        answer.probability,
+        answer.route,
+        answer.madds,
+        answer.milliseconds,
+    )
+    return dict(zip(JSON_NAMES, values, strict=True))

@@ -12,7 +12,7 @@ from pydantic import (
     StringConstraints,
 )
 
-from dsnet.deploy.exporters import BUNDLE, check_format
+from dsnet.deploy.exporters import check_format
 from dsnet.errors import ConfigError
 from dsnet.wording import did_you_mean
 from orchestration.config.section import NAME_PATTERN, Section, Text
@@ -81,11 +81,12 @@ class ExportConfig(Section):
     )
     """Gates to export, a bundle each: knee, all, trial-0042, "max:top1 where madds_m<=200", ... One
     bundle of several operating points: members (all static sub-networks), front (all its gates)."""
-    formats: Annotated[tuple[Annotated[Text, AfterValidator(_format)], ...], Field(strict=False, min_length=1)] = (
-        BUNDLE,
-    )
+    formats: (
+        Annotated[tuple[Annotated[Text, AfterValidator(_format)], ...], Field(strict=False, min_length=1)] | None
+    ) = None
     """Formats of each gate. The bundle is always written; every other format is a folder of its
-    name inside the bundle."""
+    name inside the bundle. null = bundle, and onnx if its packages are installed and it can be
+    written."""
     register_as: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] | None = None
     """Name of a registered model of MLflow; every exported bundle becomes a version of it. null =
     bundles are logged models of the run, but are not registered."""

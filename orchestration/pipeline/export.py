@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,12 @@ from ruamel.yaml import YAML
 from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, BundleContents, save_bundle
+from dsnet.deploy.engines import can_write_graphs
 from dsnet.deploy.exporters import BUNDLE, CheckedExporter, exporters
+from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints
 from dsnet.dotted import nest
-from dsnet.errors import NotFoundError
+from dsnet.errors import DsnetError, NotFoundError
 from dsnet.routers.base import Router
 from dsnet.routers.fixed import FixedRouter
 from dsnet.routing.routing_table import RoutingTable
@@ -34,6 +37,7 @@ from orchestration.prepare.preparation import Prepared
 from orchestration.results.run import RunResults, picked_slots
 from search.front.points import trial_name
 
+_log = logging.getLogger(__name__)
 CLEAR_LEAD = 100.0
 """Smallest margin of a clear decision, in units of the router's `tie`; examples are chosen among
 images with clear decisions first."""
@@ -109,7 +113,7 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
         description = source.description(path.name, [router]) | source.facts(router, claims, slot)
         gate_yaml = _to_yaml("A gate configuration", description)
         save_bundle(path, source.contents(router), claims=claims, gate_yaml=gate_yaml)
-        write_formats(path, prepared.config.export.formats)
+        write_chosen_formats(path, prepared.config.export.formats)
         paths.append(path)
     return paths
 
@@ -148,7 +152,7 @@ def export_point_sets(
         ]
         gate_yaml = _to_yaml("Operating points", description)
         save_bundle(path, contents, claims=claims, gate_yaml=gate_yaml)
-        write_formats(path, prepared.config.export.formats)
+        write_chosen_formats(path, prepared.config.export.formats)
         paths.append(path)
     return paths
 
@@ -245,6 +249,23 @@ class _Source:
             name: dict(values) if isinstance(values, Mapping) else values for name, values in claims.items()
         }
         return facts
+
+
+def write_chosen_formats(bundle: Path, formats: Sequence[str] | None) -> None:
+    """Write the formats of `export.formats`.
+
+    Args:
+        bundle: folder of the bundle.
+        formats: None: the graphs for inference engines, if the packages are installed; where they
+            cannot be written, a warning says why, and the bundle runs in torch.
+    """
+    if formats is not None:
+        write_formats(bundle, formats)
+    elif can_write_graphs():
+        try:
+            write_formats(bundle, [ONNX])
+        except DsnetError as error:
+            _log.warning("%s has no ONNX files, so that it runs in torch alone: %s", bundle.name, error)
 
 
 def write_formats(bundle: Path, formats: Sequence[str]) -> None:

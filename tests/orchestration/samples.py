@@ -25,23 +25,25 @@ from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from tests.hostile import REPOSITORY, write_hostile_modules
 
-TINY = """\
+ONLY_BUNDLES = "export: {formats: [bundle]}\n"
+"""Graphs for inference engines take seconds; few tests need them."""
+TINY = f"""\
 version: 1
 name: tiny
-data: {name: digits, limit: 200}
+data: {{name: digits, limit: 200}}
 supernet:
   model: ds_tiny
-  options: {num_routes: 3}
-  train: {epochs: 8, batch_size: 40, warmup_epochs: 0.5}
-  bootstrapping: {teacher_min_updates: 2}
-measure: {batch_sizes: [1, 8], group_sizes: [1, 8], repeats: 2, warmup: 1, devices: {two: {threads: 2}}}
+  options: {{num_routes: 3}}
+  train: {{epochs: 8, batch_size: 40, warmup_epochs: 0.5}}
+  bootstrapping: {{teacher_min_updates: 2}}
+measure: {{batch_sizes: [1, 8], group_sizes: [1, 8], repeats: 2, warmup: 1, devices: {{two: {{threads: 2}}}}}}
 gate:
   router: gate
-  optimizer: {steps: 60, batch_size: 128}
-sampler: {cohort: 4, startup: 8}
-budget: {trials: 12}
-ray: {trial_actors: 1}
-"""
+  optimizer: {{steps: 60, batch_size: 128}}
+sampler: {{cohort: 4, startup: 8}}
+budget: {{trials: 12}}
+ray: {{trial_actors: 1}}
+{ONLY_BUNDLES}"""
 SWEEP = "tiny.yaml"
 WITHOUT_MLFLOW = ("--set", "tracking.mlflow=false")
 PROGRAM = (sys.executable, "-c", "from dsnet_orch import main; main()")

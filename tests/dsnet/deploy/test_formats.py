@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import load_bundle
@@ -19,6 +19,7 @@ from dsnet.deploy.engines import TORCH
 from dsnet.deploy.exporters import CheckedExporter, exporters
 from dsnet.errors import ConfigError, VerificationError
 from dsnet.routers.fixed import FixedRouter
+from tests.docs.blocks import blocks
 from tests.dsnet.deploy.test_bundle import save
 from tests.dsnet.deploy.test_engines import SUPERNETS, saved_with_routers
 from tests.dsnet.samples import random_pixels, small_supernet
@@ -117,35 +118,27 @@ def test_static_networks_take_batches_of_any_size(bundle_of: Callable[[str], Pat
         torch.testing.assert_close(program(pixels), expected, rtol=1e-3, atol=1e-4)
 
 
-PHOTO = """
-import json, sys
-import numpy as np, onnxruntime
-from PIL import Image
-photo = np.asarray(Image.open(sys.argv[2]).convert("RGB"))
-session = onnxruntime.InferenceSession(sys.argv[1])
-logits, route, pixels = session.run(None, {"photo": photo})
-print(json.dumps([int(logits.argmax()), int(route[0]), "torch" in sys.modules]))
-"""
-
-
 @pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
-def test_one_call_takes_a_photo_in_a_process_without_torch(tmp_path: Path, crop_fraction: float) -> None:
+def test_the_documented_program_takes_a_photo_with_onnx_runtime_alone(tmp_path: Path, crop_fraction: float) -> None:
     supernet = small_supernet()
-    path = save(tmp_path / "bundle", supernet, photos=PhotoDecoder(3, 16, 16, crop_fraction))
+    path = save(
+        tmp_path / "runs" / "network" / "export" / "knee", supernet, photos=PhotoDecoder(3, 16, 16, crop_fraction)
+    )
     folder, exporter = written(path, "onnx_photo"), exporters()["onnx_photo"]
     assert isinstance(exporter, CheckedExporter)
     assert exporter.check(path, folder) == 16
-    photo = tmp_path / "photo.png"
-    from PIL import Image
-
+    photo = tmp_path / "photos" / "photo.jpg"
+    photo.parent.mkdir()
     Image.fromarray(random_pixels(1, size=64)[0].permute(1, 2, 0).numpy()).resize((90, 61)).save(photo)
-    command = [sys.executable, "-I", "-c", PHOTO, folder / "classifier.onnx", photo]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
+    (documented,) = (block.text for block in blocks("python") if "onnx_photo" in block.text)
+    script = documented + "import sys\nassert not {'torch', 'dsnet'} & set(sys.modules)\n"
+    command = [sys.executable, "-I", "-c", script]
+    home = {**os.environ, "HOME": str(tmp_path)}
+    answer = subprocess.run(command, cwd=tmp_path, env=home, capture_output=True, text=True, check=True)
     (expected,) = load_bundle(path, engine=TORCH).predict([photo])
-    label, route, has_torch = json.loads(answer.stdout)
-    bundle = load_bundle(path)
-    assert (bundle.class_names[label], bundle.route_names[route]) == (expected.class_name, expected.route)
-    assert not has_torch
+    label, probability, route = answer.stdout.split()
+    assert (label, route) == (expected.class_name, expected.route)
+    assert float(probability) == pytest.approx(expected.probability, abs=0.05)
 
 
 def test_what_is_not_the_exported_file_or_cannot_be_written_is_told(tmp_path: Path) -> None:

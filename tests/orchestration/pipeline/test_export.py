@@ -3,6 +3,7 @@ work without the run."""
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -260,6 +261,12 @@ def test_predict_answers_photos_as_the_bundle_answers_the_data_and_names_what_it
     assert [row["route"] for row in rows] == [bundle.route_names[route] for route in expected.routes.tolist()]
     assert [row["madds"] for row in rows] == expected.madds.tolist()
     assert [row["probability"] for row in rows] == pytest.approx(expected.probabilities.amax(1).tolist(), rel=1e-5)
+    assert all(0 < row["milliseconds"] < 10_000 for row in rows)
+    written = call(finished.folder, "predict", path, tmp_path / "scan-0.png", tmp_path / "scan-1.png", "--csv")
+    assert written.code == 0
+    first, _ = csv.DictReader(written.out.splitlines())
+    assert list(first) == list(rows[0])
+    assert (first["class"], int(first["madds"])) == (rows[0]["class"], rows[0]["madds"])
 
     answer = call(finished.folder, "predict", path, tmp_path / "scan-0.png", tmp_path / "gone.png")
     assert answer.code == 3

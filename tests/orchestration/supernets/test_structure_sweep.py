@@ -31,6 +31,7 @@ space:
 sampler: {cohort: 4, startup: 8}
 budget: {trials: 4}
 ray: {trial_actors: 1}
+export: {formats: [bundle]}
 """
 SWEEP = "nets.yaml"
 

@@ -58,7 +58,7 @@ measure: {batch_sizes: [1, 8], group_sizes: [1, 8], repeats: 2, warmup: 1}
 gate: {optimizer: {steps: 40, batch_size: 100}}
 sampler: {cohort: 4, startup: 4, enqueue: []}
 budget: {trials: 8}
-export: {picks: [knee]}
+export: {picks: [knee], formats: [bundle]}
 """
 SWEEP = "nets.yaml"
 TRIALS = 8
