@@ -7,8 +7,10 @@ random order, and batch 1 is one image of each route in turn. With `--run` it us
 network, a router of its sweep and the images of `val`, so that groups are as uneven as in use.
 
 The ideal is trunk(B) + decide(B) + sum of tail_k(n_k) (docs/definitions.md, Latency), whose parts
-are timed at exactly the group sizes that occur, in the same rounds. Every call of every contender
-is timed separately, between calls of others, so that caches are as cold for the ideal as for the
+are timed at exactly the group sizes that occur, in the same rounds. With `--engine` everything runs
+in an inference engine, also the static networks, each as a single graph; the ideal is then
+everything up to the decision, which is one graph, and the tails. Every call of every contender is
+timed separately, between calls of others, so that caches are as cold for the ideal as for the
 network.
 """
 
@@ -16,7 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -36,13 +40,16 @@ from benchmarks.harness import (
     sample_interleaved,
 )
 from dsnet.deploy.dynamic import DynamicNet
+from dsnet.deploy.engines import TORCH, Engine, engine_names, timing_engine
 from dsnet.deploy.materialize import PlainSubnet, materialize_tail
+from dsnet.deploy.onnx_files import GraphSegments, open_model, write_graphs
 from dsnet.deploy.segments import CutSegments, rows_by
 from dsnet.families import Task, create
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.routers.gate import GateRouter
+from dsnet.space.route_tree import RouteTree
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.commands.planning import prepare_again
@@ -65,6 +72,13 @@ PARAMS = (
         help="Time a router of this run's folder, in place of random weights.",
     ),
     click.Option(["--trial"], type=int, help="With --run: the number of the router's trial; its knee where not given."),
+    click.Option(
+        ["--engine"],
+        type=click.Choice(engine_names()),
+        default=TORCH,
+        show_default=True,
+        help="What runs dynamic and static networks on the CPU.",
+    ),
     click.Option(["--equal"], help="With --run: the sub-network whose accuracy alone is nearest to the router's."),
 )
 
@@ -176,6 +190,8 @@ class Spy:
 
 
 Calls = dict[str, Callable[[], object]]
+Placed = Callable[[Supernet, Router, int, int | None], "Contenders"]
+"""(supernet, router, image size, route timed alone) -> the contenders of a workload."""
 
 
 class Contenders:
@@ -191,22 +207,30 @@ class Contenders:
         self.dynamic = DynamicNet(supernet, router)
         segments = self.dynamic.segments
         assert isinstance(segments, CutSegments)
-        self.trunk = segments.trunk
-        self.tails = {route: segments.tail(route) for route in router.routes}
+        self.trunk: Callable[[Tensor], Any] = segments.trunk
+        self.tails: dict[int, Callable[[Tensor], Tensor]] = {route: segments.tail(route) for route in router.routes}
         order = supernet.subnets.by_madds()
-        named = {"static widest": order[-1], "static cheapest": order[0]}
-        named |= {} if equal is None else {"static equal": equal}
-        self.static = {name: PlainSubnet(self.trunk, segments.tail(route)).eval() for name, route in named.items()}
-        self.memory_bytes = {
+        self.static: dict[str, Callable[[Tensor], object]] = {
+            name: PlainSubnet(segments.trunk, segments.tail(route)).eval()
+            for name, route in self._named(supernet, equal).items()
+        }
+        self.memory_bytes: dict[str, int] = {
             "cut": self.dynamic.memory_bytes,
             "sliced": DynamicNet(supernet, router, cut_weights=False).memory_bytes,
         }
-        self.masked = None
+        self.masked: MaskedTail | None = None
         if supernet.spec.family == "ds_mbnet" and (router.num_gates, router.max_runs) == (1, 1):
             device = next(supernet.parameters()).device
             self.masked = (
                 MaskedTail(supernet, tuple(route for route in order if route in router.routes)).to(device).eval()
             )
+
+    @staticmethod
+    def _named(supernet: Supernet, equal: int | None) -> dict[str, int]:
+        """The routes that are timed alone."""
+        order = supernet.subnets.by_madds()
+        named = {"static widest": order[-1], "static cheapest": order[0]}
+        return named | ({} if equal is None else {"static equal": equal})
 
     def calls(self, batches: Sequence[Tensor]) -> Calls:
         """Calls to time; the part of a name before the first slash is the contender, the times of
@@ -254,6 +278,52 @@ class Contenders:
         return float((output.logits - alone).abs().max() / alone.abs().max())
 
 
+class InEngine(Contenders):
+    """The networks of one workload in an inference engine.
+
+    Args:
+        supernet: in eval mode, on the CPU.
+        router: see `Contenders`.
+        engine: the engine.
+        threads: threads of one call.
+        image_size: height and width in pixels.
+        equal: see `Contenders`.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        router: Router,
+        engine: Engine,
+        threads: int,
+        image_size: int,
+        equal: int | None = None,
+    ) -> None:
+        with TemporaryDirectory(prefix="dsnet-graphs-") as name:
+            graphs = write_graphs(supernet, [router], image_size, Path(name))
+            self.segments = GraphSegments(Path(name), RouteTree.of(supernet.subnets), [router], engine, threads)
+        self.dynamic = DynamicNet(supernet, router, segments=self.segments)
+        self.trunk = partial(self.segments.upto_gate, 0, 0)
+        self.tails = {route: partial(self.segments.rest, 1, route) for route in router.routes}
+        self.static = {
+            name: open_model(graphs.static(route), engine, threads)
+            for name, route in self._named(supernet, equal).items()
+        }
+        self.memory_bytes = {}
+        self.masked = None
+
+    def _ideal(self, number: int, batch: Tensor) -> Calls:
+        entry = self.segments.entry(self.dynamic.router)
+        if entry is None:
+            return super()._ideal(number, batch)
+        features, routes, _ = entry(batch)
+        calls: Calls = {f"ideal/{number}/entry": _bind(entry, batch)}
+        for route, rows in rows_by(routes).items():
+            if route != STOP:
+                calls[f"ideal/{number}/tail {route}"] = _bind(self.tails[route], features[rows].contiguous())
+        return calls
+
+
 def _bind(module: Callable[[Tensor], object], argument: Tensor) -> Callable[[], object]:
     return lambda: module(argument)
 
@@ -275,14 +345,14 @@ class Workload:
         return [self.pool[rows.to(self.pool.device)].contiguous() for rows in self.draw(batch_size, seed)]
 
 
-def synthetic(network: Network, device: str, seed: int) -> Workload:
+def synthetic(network: Network, device: str, seed: int, placed: Placed | None = None) -> Workload:
     """A workload of random weights and images."""
     pool = torch.randn((NUM_POOL, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(seed)).to(device)
     supernet = create(network.family, Task(10, 3, IMAGE_SIZE), dict(network.options), seed=seed).to(device)
     recalibrate(supernet, [pool[:64]])  # else activations shrink to denormals, which are slow
     supernet.eval()
     gate = spread_gate(supernet.trunk(pool, supernet.subnets[0]).hidden, network.routes)
-    contenders = Contenders(supernet, gate)
+    contenders = Contenders(supernet, gate) if placed is None else placed(supernet, gate, IMAGE_SIZE, None)
     chosen = contenders.dynamic(pool).routes.cpu()
     of_route = [torch.nonzero(chosen == route)[:, 0] for route in network.routes]
 
@@ -296,7 +366,7 @@ def synthetic(network: Network, device: str, seed: int) -> Workload:
     return Workload(network.title, device, contenders, pool, draw)
 
 
-def of_run(folder: Path, trial: int | None, equal: str | None, device: str) -> Workload:
+def of_run(folder: Path, trial: int | None, equal: str | None, device: str, placed: Placed) -> Workload:
     """A workload of a run's router on real images, those of `val`, because `test` stays sealed.
 
     Raises:
@@ -313,8 +383,9 @@ def of_run(folder: Path, trial: int | None, equal: str | None, device: str) -> W
             f"{folder} has no sub-network {equal!r}; it has {', '.join(names)}", param_hint="--equal"
         )
     router = results.router(slot)
-    contenders = Contenders(supernet.to(device).eval(), router, None if equal is None else names.index(equal))
     prepared = prepare_again(results)
+    size = prepared.image_set.image_shape[1]
+    contenders = placed(supernet.to(device).eval(), router, size, None if equal is None else names.index(equal))
     pool = prepared.normalization.apply(prepared.data.images("val").to(device))
 
     def draw(batch_size: int, seed: int) -> list[Tensor]:
@@ -367,20 +438,35 @@ RATIOS = (
 )
 
 
-def workloads(options: Options, run: Path | None, trial: int | None, equal: str | None) -> list[Workload]:
-    """Workloads on every device: the run's router, or the networks with random weights."""
+def workloads(options: Options, run: Path | None, trial: int | None, equal: str | None, engine: str) -> list[Workload]:
+    """Workloads on every device, or on the CPU in an engine: the run's router, or the networks with
+    random weights."""
+    own = timing_engine(engine)
+
+    def placed(supernet: Supernet, router: Router, image_size: int, equal: int | None) -> Contenders:
+        if own is None:
+            return Contenders(supernet, router, equal)
+        return InEngine(supernet, router, own, options.threads, image_size, equal)
+
+    kinds = [device.type for device in devices()] if own is None else ["cpu"]
     if run is not None:
-        return [of_run(run, trial, equal, device.type) for device in devices()]
+        return [of_run(run, trial, equal, kind, placed) for kind in kinds]
     networks = (DS_MBNET, WIDE_LIST, ALL_ROUTES)
-    return [synthetic(network, device.type, options.seed) for device in devices() for network in networks]
+    return [synthetic(network, kind, options.seed, placed) for kind in kinds for network in networks]
 
 
 @torch.inference_mode()
-def measure(options: Options, run: Path | None = None, trial: int | None = None, equal: str | None = None) -> Report:
+def measure(
+    options: Options,
+    run: Path | None = None,
+    trial: int | None = None,
+    equal: str | None = None,
+    engine: str = TORCH,
+) -> Report:
     """Time the contenders of each row interleaved; the headline is the first workload on the
     CPU."""
     sizes = (1, 16, 64) if options.quick else (1, 16, 64, 256)
-    works = workloads(options, run, trial, equal)
+    works = workloads(options, run, trial, equal, engine)
     rows = [
         _measure_row(work, size, options)
         for work in works
@@ -390,12 +476,13 @@ def measure(options: Options, run: Path | None = None, trial: int | None = None,
     ceiling, over_ideal = headline.ratio("static widest", "static cheapest"), headline.ratio("dynamic", "ideal")
     assert ceiling is not None
     assert over_ideal is not None
-    label = f"dynamic/ideal at batch {HEADLINE_BATCH}, {headline.title}, {options.threads} thread(s), ceiling {ceiling.text(2)}"
+    run_by = "" if engine == TORCH else f"{engine}, "
+    label = f"dynamic/ideal at batch {HEADLINE_BATCH}, {headline.title}, {run_by}{options.threads} thread(s), ceiling {ceiling.text(2)}"
     differences = {
         f"{work.device}, {work.title}": work.contenders.largest_difference(work.pool[:HEADLINE_BATCH]) for work in works
     }
     return Report(
-        [_ratios(rows), _times(rows, options), _memory(works)],
+        [_ratios(rows), _times(rows, options), *([_memory(works)] if engine == TORCH else [])],
         Headline(label, over_ideal, "", GOAL),
         {
             "rows": [_figures(row) for row in rows],

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.dynamic_inference import WIDE_LIST, Contenders, Spy, spread_gate, synthetic
+from benchmarks.dynamic_inference import WIDE_LIST, Contenders, InEngine, Spy, spread_gate, synthetic
+from dsnet.deploy.engines import graph_engines
 from dsnet.families import Task, create
 from dsnet.routers.base import Evidence
 from dsnet.routers.cascade import CascadeRouter
@@ -49,6 +50,23 @@ def test_the_ideal_of_a_cascade_is_every_tail_that_ran_at_its_size() -> None:
     assert set(ideal) == {"trunk", "decide", "tail 0 0", "tail 1 2"}
     assert len(ideal["tail 0 0"]()) == 9  # type: ignore[arg-type]
     assert len(ideal["tail 1 2"]()) == 4  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_the_ideal_in_an_engine_is_all_up_to_the_decision_and_the_tails_that_follow() -> None:
+    pytest.importorskip("onnxruntime", reason="extra deploy is not installed")
+    pytest.importorskip("onnxscript", reason="extra deploy is not installed")
+    supernet, images = small_supernet().eval(), random_images(9)
+    confidence = supernet(images, supernet.subnets[0]).softmax(1).amax(1)
+    router = CascadeRouter(0, 2, float(confidence.sort().values[3:5].mean()))
+    contenders = InEngine(supernet, router, graph_engines()[0], 1, 16)
+    calls = contenders.calls([images])
+    assert {name for name in calls if name.startswith("ideal")} == {"ideal/0/entry", "ideal/0/tail 2"}
+    assert len(calls["ideal/0/tail 2"]()) == 4  # type: ignore[arg-type]
+    assert contenders.largest_difference(images) < 1e-4
+    (logits,) = calls["static widest/0"]()  # type: ignore[misc]
+    torch.testing.assert_close(logits, supernet(images, supernet.subnets[2]), rtol=1e-3, atol=1e-4)
 
 
 def test_a_spy_times_the_decisions_and_not_the_stop() -> None:
