@@ -86,18 +86,18 @@ class RunResults:
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage is complete, for the current results of its parents."""
-        return self._is_current(stage) and self._folder(stage).is_done()
+        return self.is_current(stage) and self._folder(stage).is_done()
 
     def _folder(self, stage: str) -> StageDir:
         return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))
 
-    def _is_current(self, stage: str) -> bool:
+    def is_current(self, stage: str) -> bool:
         """Whether the stage's last result was made from the last results of all its ancestors."""
         if self.stage_key(stage) is None:
             return False
         record = self._folder(stage).record()
         return record is not None and all(
-            self.stage_key(name) == key and self._is_current(name) for name, key in record.parent_keys.items()
+            self.stage_key(name) == key and self.is_current(name) for name, key in record.parent_keys.items()
         )
 
     def done_key(self, stage: str) -> str:
@@ -195,7 +195,7 @@ class RunResults:
     def records(self) -> list[TrialRecord]:
         """All finished trials by slot, including those of a search that still runs."""
         journal = self.run.study_journal(self.stage_key("search") or "")
-        return load_records(journal) if self._is_current("search") and journal.exists() else []
+        return load_records(journal) if self.is_current("search") and journal.exists() else []
 
     @property
     def search_end(self) -> str | None:

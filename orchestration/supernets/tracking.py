@@ -178,6 +178,8 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
     run, config, tracker = results.run, results.config, make()
     parent = sweep_row(results.manifest, run, config)
     tracker.parent(parent)
+    members = [results.member(entry.name) for entry in results.entries]
+    tracker.supersede([sweep_uid(member.manifest, member.run) for member in members if member is not None])
     trackers: list[tuple[Tracker, Status, int]] = []
     for entry in results.entries:
         member = results.member(entry.name)

@@ -74,6 +74,16 @@ class Tracker(Protocol):
         """Write the finished run of one trial; written again, it gets the tags that differ and the
         metrics that it lacks."""
 
+    def supersede(self, current: Sequence[str]) -> None:
+        """Mark the sweep's rows that belong to results of other settings than the present ones, and
+        take the mark from those that belong to the present ones again.
+
+        Args:
+            current: uids of the present results (`stage_uid`), and of the present supernets of a
+                sweep of several; a row belongs to them if its uid is one of these or lies below
+                one.
+        """
+
     def series(self, points: Sequence[CurvePoint]) -> None:
         """Add metrics by step to the parent: accuracy by MAdds, for example."""
 
@@ -102,6 +112,8 @@ class NullTracker:
 
     def trial(self, run: TrackedRun) -> None: ...
 
+    def supersede(self, current: Sequence[str]) -> None: ...
+
     def series(self, points: Sequence[CurvePoint]) -> None: ...
 
     def artifact(self, path: Path) -> None: ...
@@ -121,6 +133,8 @@ class RowStore(Protocol):
     def open_sweep(self, parent: TrackedRun) -> None: ...
 
     def write(self, run: TrackedRun, parent: TrackedRun) -> None: ...
+
+    def supersede(self, parent: TrackedRun, current: Sequence[str]) -> None: ...
 
     def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None: ...
 

@@ -75,6 +75,25 @@ def sweep_uid(manifest: Mapping[str, Any], run: RunDir) -> str:
     return f"{run.name}/{manifest['run_id'][:12]}"
 
 
+def stage_uid(manifest: Mapping[str, Any], run: RunDir, key: str) -> str:
+    """The uid above the rows of one result of a stage.
+
+    Args:
+        manifest: manifest of the run.
+        run: the run.
+        key: the stage's key.
+    """
+    return f"{sweep_uid(manifest, run)}/{key[:12]}"
+
+
+def current_uids(results: RunResults) -> list[str]:
+    """The uids above the rows of a run's present results, for `Tracker.supersede`."""
+    stages = results.manifest["stages"]
+    return [
+        stage_uid(results.manifest, results.run, stages[name]["key"]) for name in stages if results.is_current(name)
+    ]
+
+
 def unix_ms(iso: str) -> int:
     """Milliseconds since 1970 of an ISO 8601 time."""
     return int(datetime.fromisoformat(iso).timestamp() * 1000)
@@ -117,7 +136,7 @@ def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, 
     settings = resolved_settings(config)
     facts = SupernetFacts.of_stage(run.stage_dir("supernet", stage["key"])) if is_done else None
     return TrackedRun(
-        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/supernet",
+        f"{stage_uid(manifest, run, stage['key'])}/supernet",
         "supernet",
         "supernet",
         start,
@@ -147,7 +166,7 @@ def base_row(
     stage = manifest["stages"]["structure"]
     start = unix_ms(stage["started_at"])
     return TrackedRun(
-        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{name}",
+        f"{stage_uid(manifest, run, stage['key'])}/{name}",
         row_name(run, f"structure {name}"),
         "supernet",
         start,
@@ -228,7 +247,7 @@ def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -
     on_test = _static_on_test(results)
     return [
         TrackedRun(
-            f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{subnet.name}",
+            f"{stage_uid(manifest, run, stage['key'])}/{subnet.name}",
             row_name(run, subnet.name),
             "subnet",
             start,
@@ -273,7 +292,7 @@ def trial_row(
     tags = {"state": record.state} | ({"feasible": str(record.is_feasible).lower()} if record.constraints else {})
     judged = (standing or Standing()).tags(record.slot)
     return TrackedRun(
-        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{trial_name(record.slot)}",
+        f"{stage_uid(manifest, run, stage['key'])}/{trial_name(record.slot)}",
         row_name(run, trial_name(record.slot)),
         "trial",
         record.start_ms,
@@ -363,6 +382,7 @@ def replay(
     """
     run, manifest = results.run, results.manifest
     tracker.parent(replace(sweep_row(manifest, run, results.config), under=under))
+    tracker.supersede(current_uids(results))
     write_structure(tracker, results)
     if results.stage_key("supernet") is not None:
         _replay_supernet(results, tracker)

@@ -13,6 +13,9 @@ import json
 from typing import Any, Final
 from urllib.parse import urlencode
 
+SUPERSEDED: Final = "superseded"
+"""Tag of a row that belongs to earlier settings of its sweep, with the value `true`; also the role
+of such a row."""
 TAG_PREFIX: Final = "mlflow.sharedViewState."
 POINTS: Final = "Accuracy against cost"
 CARD_HEIGHT_PX: Final = 520
@@ -36,7 +39,7 @@ def view_path(experiment_id: str, uid: str) -> str:
 
 def points_view(uid: str, *, is_outermost: bool) -> str:
     """The view of a sweep's points, those on the front first: static sub-networks and trials. The
-    teacher is left out, because it cannot be chosen.
+    teacher is left out, because it cannot be chosen, and so are rows of earlier settings.
 
     Args:
         uid: uid of the sweep's own row.
@@ -45,7 +48,7 @@ def points_view(uid: str, *, is_outermost: bool) -> str:
     """
     tag = "root" if is_outermost else "sweep"
     view: dict[str, Any] = {
-        "searchFilter": f"tags.{tag} = '{uid}' AND tags.role != 'teacher' AND metrics.madds_m > 0",
+        "searchFilter": f"tags.{tag} = '{uid}' AND tags.role != 'teacher' AND tags.role != '{SUPERSEDED}' AND metrics.madds_m > 0",
         "orderByKey": "tags.`role`",
         "orderByAsc": True,
         "startTime": "ALL",

@@ -27,12 +27,16 @@ class Recorder(NullTracker):
         self.points: list[CurvePoint] = []
         self.series_points: list[CurvePoint] = []
         self.files: list[str] = []
+        self.current: list[str] = []
 
     def parent(self, run: TrackedRun) -> None:
         self.rows.append(run)
 
     def supernet(self, run: TrackedRun) -> None:
         self.rows.append(run)
+
+    def supersede(self, current: Sequence[str]) -> None:
+        self.current += current
 
     def curve(self, points: Sequence[CurvePoint]) -> None:
         self.points += points
@@ -111,6 +115,8 @@ def test_a_replay_tells_parent_supernet_subnets_and_trials_in_this_order(finishe
     kinds = [row.kind for row in recorder.rows]
     assert kinds == ["sweep", "supernet", "supernet", *["subnet"] * len(results.subnets), *["trial"] * 12]
     assert len({row.uid for row in recorder.rows}) == len(recorder.rows) - 1  # the supernet opens and closes
+    below = [row for row in recorder.rows[1:] if any(row.uid.startswith(f"{uid}/") for uid in recorder.current)]
+    assert below == recorder.rows[1:], "no row that is written is marked as one of earlier settings"
     assert recorder.points[-1].metrics["epoch"] == pytest.approx(8.0)
     curves = {
         prefix: [point for point in recorder.series_points if f"{prefix}/top1_by_kmadds" in point.metrics]
