@@ -148,7 +148,7 @@ def class_routes_figure(info: RoutesInfo, gate: str) -> go.Figure:
             customdata=counts.tolist(),
             hovertemplate="class %{y}, %{x}<br>%{z:.1f} % (%{customdata} images)<extra></extra>",
             colorbar={
-                "title": {"text": "share of<br>the class (%)", "font": {"size": 12}},
+                "title": {"text": "share of<br>the class (%)<br> ", "font": {"size": 12}},
                 "thickness": 12,
                 "outlinewidth": 0,
                 "lenmode": "pixels",

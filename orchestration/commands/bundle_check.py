@@ -3,6 +3,7 @@ data."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from dsnet.deploy.engines import TORCH
 from dsnet.errors import DataError, NotFoundError, VerificationError
 from dsnet.space.cost import subnet_cost
 from orchestration.config.loading import load_config
+from orchestration.results.exported import outdated_part
+from orchestration.runs.folder import RunDir
+from orchestration.supernets.results import results_at
 
 TIED_IMAGES = 2
 """Number of images that another processor may classify differently, because their two best scores
@@ -28,10 +32,11 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Check:
-    """One claim of a bundle that was checked and holds."""
+    """One claim of a bundle that was checked and holds, or a warning about the bundle."""
 
     name: str
     finding: str
+    is_warning: bool = False
 
 
 def check_bundle(path: Path, data_path: str | None) -> list[Check]:
@@ -58,6 +63,7 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     num_examples = max([check_bundle_examples(each) for each in loaded])
     engines = [each.engine for each in loaded]
     checks.append(Check("examples", _examples_finding(num_examples, len(bundle.operating_points), engines)))
+    checks += _check_origin(bundle)
     if data_path is not None:
         checks += _check_claims(bundle, data_path)
     return checks
@@ -84,10 +90,29 @@ def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
 def _folder_of_the_run(bundle: Path) -> str:
     """The image folder of the sweep, if the bundle is still in the folder of the run that made it;
     else empty."""
-    for folder in bundle.resolve().parents:
-        if (folder / "sweep.yaml").is_file() and (folder / "manifest.json").is_file():
-            return load_config(folder / "sweep.yaml").config.data.path or ""
-    return ""
+    folder = _run_around(bundle)
+    return "" if folder is None else load_config(folder / "sweep.yaml").config.data.path or ""
+
+
+def _run_around(bundle: Path) -> Path | None:
+    """The folder of the run in which the bundle lies; None if it lies in none."""
+    parents = bundle.resolve().parents
+    return next((at for at in parents if (at / "sweep.yaml").is_file() and (at / "manifest.json").is_file()), None)
+
+
+def _check_origin(bundle: Bundle) -> list[Check]:
+    """A warning if the bundle lies in a run that has another supernet or search now."""
+    folder = _run_around(bundle.path)
+    if folder is None:
+        return []
+    part = outdated_part(results_at(RunDir(folder.parent, folder.name)), bundle.manifest)
+    if part is None:
+        return []
+    text = (
+        f"{folder} has another {part} now; the bundle was made before the run was launched with other settings, and is not "
+        f"among its present results. Export again with: dsnet-orch export {shlex.quote(str(folder))} --pick ..."
+    )
+    return [Check("run", text, is_warning=True)]
 
 
 def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:

@@ -33,6 +33,9 @@ class TrackedRun:
     tags: Mapping[str, str] = field(default_factory=dict)
     first_tags: Mapping[str, str] = field(default_factory=dict)
     """Tags that are set only when the row is created; `tags` of a later write may change them."""
+    note: str = ""
+    """Description of the row, in one line. It replaces an earlier one only if it begins with it, so
+    that what a user has written stays."""
     under: TrackedRun | None = None
     """For the row of a sweep that is part of a larger one: the row below which it is nested. It is
     created if it is missing; the larger sweep's own tracker writes and closes it."""

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION
+from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, percent, router_name, significant
 from dsnet.files import read_json
 from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.structure.stage import BASES
@@ -255,6 +255,7 @@ def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -
             params={"subnet": subnet.name},
             metrics={**subnet_metrics(subnet, results), **_prefixed("test", on_test.get(subnet.name, {}))},
             tags=_role_tags("teacher" if subnet.is_teacher else "route"),
+            note=_described("Static sub-network", subnet_metrics(subnet, results), on_test.get(subnet.name, {})),
         )
         for subnet in results.subnets
     ]
@@ -278,7 +279,7 @@ def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> Mapping[str, 
 
 
 def trial_row(
-    manifest: Mapping[str, Any], run: RunDir, record: TrialRecord, standing: Standing | None = None
+    manifest: Mapping[str, Any], run: RunDir, record: TrialRecord, router: str, standing: Standing | None = None
 ) -> TrackedRun:
     """The row of a trial; a failed or pruned one has its reason.
 
@@ -286,11 +287,13 @@ def trial_row(
         manifest: manifest of the run.
         run: the run.
         record: the trial.
+        router: the kind of its router (`RunResults.kind_of`).
         standing: standing of all trials; None while there may be more trials.
     """
     stage = manifest["stages"]["search"]
     tags = {"state": record.state} | ({"feasible": str(record.is_feasible).lower()} if record.constraints else {})
     judged = (standing or Standing()).tags(record.slot)
+    on_test = {} if standing is None else standing.test.get(record.slot, {})
     return TrackedRun(
         f"{stage_uid(manifest, run, stage['key'])}/{trial_name(record.slot)}",
         row_name(run, trial_name(record.slot)),
@@ -300,10 +303,20 @@ def trial_row(
         "FAILED" if record.state == "failed" else "FINISHED",
         record.reason,
         params=record.params,
-        metrics={**record.metrics, **_prefixed("test", {} if standing is None else standing.test.get(record.slot, {}))},
+        metrics={**record.metrics, **_prefixed("test", on_test)},
         tags=tags if standing is None else {**tags, **judged},
         first_tags=judged,
+        note=_described(f"Router: {router_name(router)}", record.metrics, on_test),
     )
+
+
+def _described(what: str, metrics: Mapping[str, float | None], on_test: Mapping[str, float]) -> str:
+    """The description of a row: its cost and accuracies in one line; empty without a result."""
+    top1, madds_m = metrics.get("top1"), metrics.get("madds_m")
+    if top1 is None or madds_m is None:
+        return ""
+    text = f"{what}, {significant(madds_m)} M MAdds, top-1 {percent(top1)} on val"
+    return text + (f", {percent(on_test['top1'])} on test" if "top1" in on_test else "")
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -345,7 +358,7 @@ def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_
         time_ms: time of the curves' points, Unix time in ms.
     """
     for record in results.records:
-        tracker.trial(trial_row(results.manifest, results.run, record, standing))
+        tracker.trial(trial_row(results.manifest, results.run, record, results.kind_of(record), standing))
     tracker.series(by_cost("front_val", [results.record(slot).metrics for slot in results.front], time_ms))
     tracker.series(by_cost("front_test", test_metrics(results).values(), time_ms))
 

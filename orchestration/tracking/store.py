@@ -373,6 +373,8 @@ def _tags(run: TrackedRun, parent: TrackedRun, known: _KnownRun | None) -> dict[
     first, always = {**run.first_tags}, {**run.tags, **reason}
     # A member of a sweep that is launched alone keeps the place that its sweep gave it.
     (first if parent.under is None else always).update(root)
+    if run.note and run.note.startswith("" if known is None else known.tags.get(NOTE_TAG, "")):
+        always[NOTE_TAG] = run.note
     new = {name: value for name, value in first.items() if known is None or name not in known.tags}
     tags = {**new, **always}
     return {_clean_name(name): str(value)[:MAX_TAG_LENGTH] for name, value in tags.items()}

@@ -275,7 +275,7 @@ def test_another_space_starts_a_new_study_beside_the_old_one_and_the_way_back_fi
         stage: old.stage_key(stage) for stage in ("supernet", "measure", "table")
     }
     assert len(list((folder / "runs" / "tiny" / "search").iterdir())) == 2
-    studies = [trial_row(at.manifest, at.run, at.records[0]).uid.rpartition("/")[0] for at in (old, new)]
+    studies = [trial_row(at.manifest, at.run, at.records[0], "gate").uid.rpartition("/")[0] for at in (old, new)]
     assert [uid in current_uids(new) for uid in studies] == [False, True], "rows of the old study are superseded"
     assert call(folder, "launch", SWEEP, *WITHOUT_MLFLOW).code == 0
     back = results_in(folder)

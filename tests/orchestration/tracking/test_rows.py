@@ -153,9 +153,12 @@ def test_rows_carry_the_times_of_the_run_folder_and_not_of_the_writing(finished:
         assert row.start_ms == unix_ms(stage["started_at"])
         assert row.end_ms == row.start_ms + int(1000 * stage["seconds"])
     record = results.records[3]
-    row = trial_row(manifest, run, record)
+    row = trial_row(manifest, run, record, results.router_kind(3))
     assert (row.start_ms, row.end_ms) == (record.start_ms, record.finished_ms)
     assert row.name == trial_name(3)
+    expected = f"{record.metrics['madds_m']:.3g} M MAdds, top-1 {100 * record.metrics['top1']:.1f} % on val"
+    assert row.note.startswith("Router: ")
+    assert row.note.endswith(expected)
     verify = manifest["stages"]["verify"]
     assert sweep_end_ms(manifest) == unix_ms(verify["started_at"]) + round(1000 * verify["seconds"])
     assert sweep_end_ms({**manifest, "stages": {}}) == unix_ms(manifest["created_at"])
