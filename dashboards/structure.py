@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from dashboards.theme import MUTED, VERMILION, dressed, percent, plain
+from dashboards.theme import MUTED, VERMILION, colour_bar, dressed, percent, plain
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def channels_figure(info: StructureInfo) -> go.Figure:
             zmin=0,
             zmax=100,
             colorscale="Blues",
-            colorbar={"title": {"text": "channels (%)"}},
+            colorbar=colour_bar("channels (%)"),
             text=hover,
             hoverinfo="text",
             xgap=1,
@@ -87,7 +87,7 @@ def search_figure(info: StructureInfo) -> go.Figure:
             y=[100 * point.top1 for point in points],
             name=name,
             mode="markers",
-            marker={"color": colour, "size": size, "symbol": symbol, "line": {"width": 1.5}},
+            marker={"color": colour, "size": size, "symbol": symbol, "line": {"width": 1.5, "color": colour}},
             text=[f"{name}<br>{percent(point.top1)}<br>{point.madds_m:.4g} M MAdds" for point in points],
             hoverinfo="text",
         )

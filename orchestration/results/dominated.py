@@ -14,6 +14,8 @@ from orchestration.results.run import RunResults
 from search.conditions.constraints import BASELINE
 from search.front.analysis import is_collapsed
 
+NO_BREAK = "\u00a0"
+
 
 @dataclass(frozen=True)
 class DominatedGate:
@@ -88,6 +90,9 @@ def allowed_static(results: RunResults) -> dict[str, Mapping[str, float]]:
 
 
 def _told(name: str, value: float) -> str:
+    if name == "madds_m":
+        return f"{value:.4g} M MAdds"
     found = find_metric(name)
-    label = name if found is None else found.label.removesuffix("\u00a0%")
-    return f"{label} {100 * value:.1f} %" if found is not None and found.is_share else f"{label} {value:.4g}"
+    if found is not None and found.is_share:
+        return f"{100 * value:.1f} % {found.label.removesuffix(NO_BREAK + '%')}"
+    return f"{name} {value:.4g}"

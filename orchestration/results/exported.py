@@ -68,7 +68,7 @@ def outdated_warning(results: Results) -> str | None:
     names = ", ".join(path.relative_to(results.run.export_dir).as_posix() for path in paths)
     run = shlex.quote(str(results.run.path))
     return (
-        f"bundles in {results.run.export_dir} that no longer belong to this run, because its supernet or its search has changed "
-        f"since they were exported: {names}; they still work as they claim; remove them, or export again with: "
+        f"no longer of this run, because its supernet or its search has changed since the export: {names}, in "
+        f"{results.run.export_dir}; these bundles still have the accuracy that they claim; remove them, or export again with: "
         f"dsnet-orch export {run} --pick ..."
     )

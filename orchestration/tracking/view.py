@@ -17,6 +17,10 @@ SUPERSEDED: Final = "superseded"
 """Tag of a row that belongs to earlier settings of its sweep, with the value `true`; also the role
 of such a row."""
 TAG_PREFIX: Final = "mlflow.sharedViewState."
+MODEL_TRAINING: Final = "workflowType=machine_learning"
+"""Part of a link that opens MLflow's view for model training instead of the one for GenAI."""
+EXPERIMENTS_PATH: Final = f"/#/experiments?{MODEL_TRAINING}"
+"""The link to the list of experiments, without the server's address."""
 POINTS: Final = "Accuracy against cost"
 CARD_HEIGHT_PX: Final = 520
 CHARTS: Final = (("val", "madds_m", "top1"), ("test", "test/madds_m", "test/top1"))
@@ -33,8 +37,13 @@ def view_tag(uid: str) -> str:
 
 def view_path(experiment_id: str, uid: str) -> str:
     """The link to the view of a sweep, without the server's address."""
-    query = urlencode({"workflowType": "machine_learning", "compareRunsMode": "CHART", "viewStateShareKey": _key(uid)})
-    return f"/#/experiments/{experiment_id}/runs?{query}"
+    query = urlencode({"compareRunsMode": "CHART", "viewStateShareKey": _key(uid)})
+    return f"{runs_path(experiment_id)}&{query}"
+
+
+def runs_path(experiment_id: str) -> str:
+    """The link to the list of an experiment's runs, without the server's address."""
+    return f"/#/experiments/{experiment_id}/runs?{MODEL_TRAINING}"
 
 
 def points_view(uid: str, *, is_outermost: bool) -> str:

@@ -13,7 +13,7 @@ import pytest
 from dsnet.files import atomic_write_json, read_json
 from orchestration.commands.supernet_tables import show_supernets_status
 from orchestration.commands.sweep import find_run
-from orchestration.commands.terminal import say_mlflow, say_places
+from orchestration.commands.terminal import say_mlflow, say_places, show_front
 from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import LockHolder
 from orchestration.runs.manifest import Manifest
@@ -32,6 +32,20 @@ def test_the_end_of_a_launch_names_commands_that_can_be_pasted(
     told = capsys.readouterr().out
     assert ("dsnet-orch predict '/my runs/mine/export/trial-0004' PHOTO..." in told) == takes_photos
     assert "dsnet-orch ui '/my runs/mine'" in told
+
+
+@pytest.mark.parametrize("width", [80, None])
+def test_only_columns_that_are_shown_are_explained(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int | None
+) -> None:
+    monkeypatch.setattr("orchestration.commands.tables.terminal_width", lambda: width)
+    show_front(finished.results, (), as_json=False)
+    told = capsys.readouterr().out
+    is_left_out = "no room at 80 columns for: " in told
+    assert is_left_out == (width == 80)
+    for explained in ("speed-up: ", "on front: "):
+        assert (f"\n{explained}" in told) == (width is None)
+    assert "an estimate and not a bound" in told
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ all, one study, one tree in MLflow."""
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import signal
@@ -33,6 +34,7 @@ from orchestration.prepare.preparation import load_images
 from orchestration.runs.folder import RunDir, mlflow_store_uri
 from orchestration.runs.lock import DriverLock
 from orchestration.supernets.members import Member, MemberEntry, draw_members
+from orchestration.supernets.report import sweep_warnings
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
 from search.front.points import load_points, trial_name
@@ -473,6 +475,11 @@ def test_the_report_holds_the_front_over_all_and_a_way_to_each_supernet(swept: S
     for gate in results.front_gates:
         assert gate.name in text
     assert "One front over all supernets" in text
+    warnings = sweep_warnings(results)
+    several = [whose for whose, _ in warnings if "(numbers of" in whose]
+    assert several, "each supernet is trained for so few steps that it is warned about"
+    assert len({warning.code for _, warning in warnings}) == len(warnings)
+    assert all(text.count(f"<li>{html.escape(whose)}") == 1 for whose in several)
 
 
 @contextmanager

@@ -1,0 +1,43 @@
+"""Bundles in a run's export folder that were made before its settings changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsnet.files import atomic_write_json, read_json
+from orchestration.results.exported import ORIGIN, outdated_bundles, outdated_part
+from tests.orchestration.samples import Finished, call, results_in
+
+
+@pytest.mark.parametrize("stage", ["supernet", "search"])
+def test_a_bundle_of_an_earlier_supernet_or_search_is_named_and_stays(
+    finished: Finished, tmp_path: Path, stage: str
+) -> None:
+    folder = finished.copy(tmp_path)
+    run = folder / "runs" / "tiny"
+    knee = run / "export" / "knee"
+    assert outdated_bundles(results_in(folder)) == []
+    assert "warning" not in call(folder, "verify", knee).out
+    path = run / "export" / knee.readlink() / "bundle.json"
+    manifest = read_json(path)
+    atomic_write_json(
+        path, {**manifest, "claims": {**manifest["claims"], ORIGIN: {**manifest["claims"][ORIGIN], stage: "0" * 12}}}
+    )
+    assert outdated_bundles(results_in(folder)) == [path.parent], "the link is not a bundle of its own"
+    status = call(folder, "status", "tiny").out
+    assert (
+        f"no longer of this run, because its supernet or its search has changed since the export: {path.parent.name}"
+        in (" ".join(status.split()))
+    )
+    answer = call(folder, "verify", knee)
+    assert (answer.code, f"has another {stage} now" in answer.out) == (0, True)
+    assert path.is_file()
+
+
+def test_of_a_bundle_that_does_not_say_where_it_comes_from_only_another_family_is_noticed(finished: Finished) -> None:
+    results = finished.results
+    spec = results.trained_subnets.spec.to_json()
+    assert outdated_part(results, {"claims": {}, "spec": spec}) is None
+    assert outdated_part(results, {"claims": {}, "spec": {**spec, "family": "ds_mbnet"}}) == "supernet"
