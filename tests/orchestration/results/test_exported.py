@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsnet.files import atomic_write_json, read_json
-from orchestration.results.exported import ORIGIN, outdated_bundles, outdated_part
+from orchestration.results.exported import outdated_bundles, outdated_part
 from tests.orchestration.samples import Finished, call, results_in
 
 
@@ -20,20 +20,18 @@ def test_a_bundle_of_an_earlier_supernet_or_search_is_named_and_stays(
     knee = run / "export" / "knee"
     assert outdated_bundles(results_in(folder)) == []
     assert "warning" not in call(folder, "verify", knee).out
-    path = run / "export" / knee.readlink() / "bundle.json"
-    manifest = read_json(path)
-    atomic_write_json(
-        path, {**manifest, "claims": {**manifest["claims"], ORIGIN: {**manifest["claims"][ORIGIN], stage: "0" * 12}}}
-    )
-    assert outdated_bundles(results_in(folder)) == [path.parent], "the link is not a bundle of its own"
+    manifest = read_json(run / "manifest.json")
+    manifest["stages"][stage]["key"] = "0" * 64
+    atomic_write_json(run / "manifest.json", manifest)
+    bundle = run / "export" / knee.readlink()
+    assert outdated_bundles(results_in(folder)) == [bundle], "the link is not a bundle of its own"
     status = call(folder, "status", "tiny").out
-    assert (
-        f"no longer of this run, because its supernet or its search has changed since the export: {path.parent.name}"
-        in (" ".join(status.split()))
+    assert f"no longer of this run, because its supernet or its search has changed since the export: {bundle.name}" in (
+        " ".join(status.split())
     )
     answer = call(folder, "verify", knee)
     assert (answer.code, f"has another {stage} now" in answer.out) == (0, True)
-    assert path.is_file()
+    assert bundle.is_dir()
 
 
 def test_of_a_bundle_that_does_not_say_where_it_comes_from_only_another_family_is_noticed(finished: Finished) -> None:
