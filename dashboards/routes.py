@@ -147,8 +147,7 @@ def class_routes_figure(info: RoutesInfo, gate: str) -> go.Figure:
             ygap=1,
             customdata=counts.tolist(),
             hovertemplate="class %{y}, %{x}<br>%{z:.1f} % (%{customdata} images)<extra></extra>",
-            colorbar=colour_bar("share of<br>the class (%)")
-            | {"lenmode": "pixels", "len": 240, "y": 1, "yanchor": "top"},
+            colorbar=colour_bar("share of the class (%)") | {"lenmode": "pixels", "len": 240, "y": 1, "yanchor": "top"},
         )
     )
     figure.update_xaxes(type="category", showgrid=False, tickfont={"color": INK})

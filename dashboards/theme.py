@@ -106,9 +106,9 @@ def router_symbol(kind: str) -> str:
 
 
 def colour_bar(title: str) -> dict[str, Any]:
-    """The colour bar of a heat map; an empty last line keeps its title off the uppermost label."""
+    """The colour bar of a heat map; above it its title would touch the uppermost label."""
     return {
-        "title": {"text": f"{title}<br>\N{NO-BREAK SPACE}", "font": {"size": 12}},
+        "title": {"text": title, "font": {"size": 12}, "side": "right"},
         "thickness": 12,
         "outlinewidth": 0,
     }

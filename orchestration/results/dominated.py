@@ -14,7 +14,8 @@ from orchestration.results.run import RunResults
 from search.conditions.constraints import BASELINE
 from search.front.analysis import is_collapsed
 
-NO_BREAK = "\u00a0"
+UNITS = {"madds_m": "M MAdds", "params_m": "M parameters"}
+"""Units of metrics, where they are not the metric's name."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class DominatedGate:
 
     def __str__(self) -> str:
         role = f"the knee, {self.gate.name}," if self.is_knee else f"{self.gate.name}, which is exported,"
-        compared = " and ".join(
-            f"{_told(name, static)} (gate: {_told(name, own)})" for name, own, static in self.values
-        )
+        compared = " and ".join(_compared(name, static, own) for name, own, static in self.values)
         collapsed = ", and it sends nearly all images down one route" if self.is_collapsed else ""
         return f"{role} is worse than the static sub-network {self.static} on val, which has {compared}{collapsed}"
 
@@ -89,10 +88,10 @@ def allowed_static(results: RunResults) -> dict[str, Mapping[str, float]]:
     return {name: row for name, row in rows.items() if constraints.hold(row)}
 
 
-def _told(name: str, value: float) -> str:
-    if name == "madds_m":
-        return f"{value:.4g} M MAdds"
+def _compared(name: str, static: float, gate: float) -> str:
+    """A metric of the static sub-network, with its unit, and of the gate."""
     found = find_metric(name)
     if found is not None and found.is_share:
-        return f"{100 * value:.1f} % {found.label.removesuffix(NO_BREAK + '%')}"
-    return f"{name} {value:.4g}"
+        unit = found.label.removesuffix("\u00a0%")
+        return f"{100 * static:.1f} % {unit} (gate: {100 * gate:.1f} %)"
+    return f"{static:.4g} {UNITS.get(name, name)} (gate: {gate:.4g})"

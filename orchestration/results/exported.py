@@ -68,7 +68,7 @@ def outdated_warning(results: Results) -> str | None:
     names = ", ".join(path.relative_to(results.run.export_dir).as_posix() for path in paths)
     run = shlex.quote(str(results.run.path))
     return (
-        f"no longer of this run, because its supernet or its search has changed since the export: {names}, in "
-        f"{results.run.export_dir}; these bundles still have the accuracy that they claim; remove them, or export again with: "
+        f"the supernet or the search of this run has changed since these bundles in {results.run.export_dir} were exported: "
+        f"{names}; they still have the accuracy that they claim; remove them, or export again with: "
         f"dsnet-orch export {run} --pick ..."
     )
