@@ -97,7 +97,6 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
                 "is_verified": results.is_verified,
                 "test_openings": results.manifest["test_openings"],
                 "front": rows,
-                "result_warnings": result_warnings(results),
             }
         )
         return

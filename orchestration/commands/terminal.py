@@ -227,7 +227,6 @@ def front_content(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> dic
         "is_verified": verified is not None,
         "test_openings": results.manifest["test_openings"],
         "front": list(rows),
-        "result_warnings": result_warnings(results),
         "optimism": None if found is None else asdict(found),
         "routers": {}
         if verified is None
