@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -16,6 +16,7 @@ from plotly.subplots import make_subplots
 from dashboards.front import Curve, DynamicPoint, FrontInfo, FrontPanel, ParamValue, StaticPoint
 from dashboards.headline import Headline, headline_section
 from dashboards.page import chart, definition_list, page
+from dashboards.supernet_names import value_text, with_settings
 from dashboards.theme import (
     INK,
     MIN_HEIGHT_PX,
@@ -39,8 +40,6 @@ STATE_WORDS: Final = {
     "failed": "failed",
 }
 """State of a supernet -> its text in figures and tables."""
-MOST_LETTERS = 32
-"""Largest number of letters of a supernet's settings in a legend."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,10 @@ class SupernetInfo:
     static_hypervolume: float | None = None
     """Hypervolume of the finished supernet's static sub-networks, in the objectives' units; None
     before it is measured."""
+    choice_madds: float | None = None
+    """MAdds that were spent to choose its sub-networks; None if unknown."""
     training_madds: float | None = None
-    """MAdds that were spent on its sub-networks and its training; None if unknown."""
+    """MAdds of its own training; None if unknown."""
     num_trials: int = 0
     num_failed: int = 0
     """Trials that failed."""
@@ -90,8 +91,7 @@ class SupernetInfo:
     @property
     def label(self) -> str:
         """Its short name with its settings, where they are short: `s0 (uniform, lr 0.1)`."""
-        settings = ", ".join(_spoken(key, value) for key, value in self.settings)
-        return f"{self.short_name} ({settings})" if 0 < len(settings) <= MOST_LETTERS else self.short_name
+        return with_settings(self.short_name, dict(self.settings))
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ class SupernetsReport:
     info: SupernetsInfo
     headline: Headline = field(default_factory=Headline)
     """The gates of the front over all supernets; rows are named `supernet/trial`."""
+    scheduler: str = "none"
+    """Name of the scheduler that may stop supernets; `none` trains all of them to their end."""
     num_test_openings: int = 0
     objectives: tuple[str, ...] = ("top1", "madds_m")
     notes: tuple[str, ...] = ()
@@ -262,20 +264,11 @@ def _front_trace(
 
 def _hover(supernet: SupernetInfo, point: StaticPoint | DynamicPoint, split: str) -> str:
     lines = [f"<b>{plain(supernet.name)}/{plain(point.name)}</b> on {plain(split)}"]
-    lines += [f"{plain(key)} = {plain(_value(value))}" for key, value in supernet.settings]
+    lines += [f"{plain(key)} = {plain(value_text(value))}" for key, value in supernet.settings]
     if isinstance(point, DynamicPoint):
         lines.append(plain(router_name(point.router)))
     lines += [f"top-1 {percent(point.top1)}", f"{point.madds_m:.4g} M MAdds"]
     return "<br>".join(lines)
-
-
-def _spoken(key: str, value: ParamValue) -> str:
-    """A setting in a legend: a word for itself, another value after the last part of its key."""
-    return value if isinstance(value, str) else f"{key.rpartition('.')[2]} {_value(value)}"
-
-
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def reports_figure(info: SupernetsInfo) -> go.Figure:
@@ -312,13 +305,12 @@ def reports_figure(info: SupernetsInfo) -> go.Figure:
 
 
 def supernets_table(info: SupernetsInfo) -> str:
-    """HTML table with one row per supernet: settings, state, epochs, cost of its training, static
-    hypervolume, trials, share of the front."""
+    """HTML table with one row per supernet: settings, state, epochs, cost of the choice of its
+    sub-networks and of its training, static hypervolume, trials, share of the front."""
     keys = list(dict.fromkeys(key for supernet in info.supernets for key, _ in supernet.settings))
     heads = [("Supernet", ""), *((key.removeprefix("supernet."), "") for key in keys), ("State", "")]
-    heads += [
-        (name, "number") for name in ("Epochs", "Training (MAdds)", "Static hypervolume", "Trials", "On the front")
-    ]
+    numbers = ("Epochs", "Sub-networks (MAdds)", "Training (MAdds)", "Static hypervolume", "Trials", "On the front")
+    heads += [(name, "number") for name in numbers]
     head = "".join(f'<th class="{kind}" scope="col">{escape(name)}</th>' for name, kind in heads)
     body = "".join(_table_row(supernet, keys, info.num_front) for supernet in info.supernets)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -332,10 +324,11 @@ def _table_row(supernet: SupernetInfo, keys: Sequence[str], num_front: int) -> s
     reason = f'<span class="sub">{escape(supernet.reason)}</span>' if supernet.reason else ""
     share = f" ({percent(supernet.num_front / num_front, 0)})" if num_front else ""
     failed = f", {supernet.num_failed} failed" if supernet.num_failed else ""
-    values = [_value(settings[key]) if key in settings else "–" for key in keys]
+    values = [value_text(settings[key]) if key in settings else "–" for key in keys]
     numbers = [
         _epochs(supernet),
-        "–" if supernet.training_madds is None else prefixed(supernet.training_madds),
+        _madds(supernet.choice_madds),
+        _madds(supernet.training_madds),
         "–" if supernet.static_hypervolume is None else significant(supernet.static_hypervolume),
         f"{supernet.num_trials}{failed}",
         f"{supernet.num_front}{share}",
@@ -344,6 +337,10 @@ def _table_row(supernet: SupernetInfo, keys: Sequence[str], num_front: int) -> s
     cells += f"<td>{escape(STATE_WORDS[supernet.state])}{reason}</td>"
     cells += "".join(f'<td class="number">{escape(text)}</td>' for text in numbers)
     return f"<tr>{cells}</tr>"
+
+
+def _madds(spent: float | None) -> str:
+    return "–" if spent is None else prefixed(spent) if spent else "0"
 
 
 def _epochs(supernet: SupernetInfo) -> str:
@@ -358,12 +355,17 @@ def build_supernets_report(data: SupernetsReport) -> str:
     info = data.info
     figure_caption = (
         "The gates of all supernets form one front; colour and symbol show the supernet of a point. The report of each supernet "
-        "has its controls: the static line, random routing, the cascade, the reachable curve and the oracle."
+        "has its controls: the static line, random routing, the cascade, the reachable curve and the oracle. Sub-networks (MAdds) is "
+        "the compute that was spent to choose a supernet's sub-networks, Training (MAdds) that of its training."
     )
-    training_caption = (
-        "The settings of all supernets are drawn before training. During training the scheduler compares the hypervolumes of their "
-        "static sub-networks at equal epochs and stops the worse ones. A stopped supernet has no gates."
-    )
+    training_caption = "The settings of all supernets are drawn before training. "
+    if data.scheduler == "none":
+        training_caption += "Each is trained to its end, because the sweep has no scheduler."
+    else:
+        training_caption += (
+            f"During training the scheduler {data.scheduler} compares the hypervolumes of their static sub-networks at equal epochs "
+            "and stops the worse ones. A stopped supernet has no gates."
+        )
     figure = chart("supernets", supernets_figure(info), is_wide=info.num_reported_images > 0)
     sections = [
         _notes(data),

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,7 +72,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Context manager that replaces a file atomically; it yields a temporary path to write.
 
     At the end of the block the temporary file is synced and renamed to `path`; on any error it is
-    removed.
+    removed. The file has the permissions that the process's umask gives.
 
     Raises:
         CheckpointError: as `atomic_write_bytes`.
@@ -79,7 +80,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = _usual_mode(temporary)
         yield temporary
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner may read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -88,6 +91,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise CheckpointError(_write_failure(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _usual_mode(path: Path) -> int:
+    """The permissions that a new file at this path gets from the process's umask."""
+    with open(path, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    path.unlink()
+    return mode
 
 
 def file_sha256(path: Path) -> str:

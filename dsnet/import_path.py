@@ -114,6 +114,11 @@ def import_object(path: str) -> object:
             raise ImportError(
                 f"{error} ('{package}' is a package of dsnet-orch; give your module another name)"
             ) from error
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise ImportError(
+                f"{error}; it is searched for in installed packages, then in the working directory ({os.getcwd()}) and in the "
+                "folders of PYTHONPATH"
+            ) from error
         raise
 
 

@@ -20,7 +20,8 @@ def check_allowed(setting: str, path: str) -> None:
     """
     if os.environ.get(ALLOW_IMPORTS) != "1":
         raise ConfigError(
-            f"{setting}: {path!r} runs code of yours; allow that with --allow-imports, or {ALLOW_IMPORTS}=1"
+            f"{setting}: {path!r} runs code of yours; allow that with {ALLOW_IMPORTS}=1 in the environment, or with --allow-imports "
+            "on the command line"
         )
 
 

@@ -43,6 +43,12 @@ def plural(number: int, singular: str, many: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else many or singular + 's'}"
 
 
+def subnet_phrase(name: str) -> str:
+    """A sub-network in a sentence: `sub-network 0.5`; names that say so themselves stay, such as
+    `subnet-05`."""
+    return name if name.startswith("subnet") else f"sub-network {name}"
+
+
 def signed(value: float, digits: int = 1) -> str:
     """A difference with its sign: 0.74 -> '+0.7', -0.74 -> '-0.7', and without one where it rounds
     to zero, '0.0'.

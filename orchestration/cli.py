@@ -55,8 +55,9 @@ IMPORTS = click.option(
     is_flag=True,
     expose_value=False,
     callback=_set_allow_imports,
-    help="Allow a network by import path: it runs code of yours.",
+    help=f"Allow a network by import path, which runs code of yours; {ALLOW_IMPORTS}=1 in the environment does the same.",
 )
+POSITIVE = click.FloatRange(min=0, min_open=True)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -136,11 +137,13 @@ def main() -> None:
 
 
 def _fail(error: DsnetError) -> None:
+    from orchestration.commands.messages import complain
+
     if os.environ.get(DEBUG_VARIABLE):
         import traceback
 
         traceback.print_exception(error)
-    click.echo(f"error: {error}", err=True)
+    complain(f"error: {error}")
 
 
 def _load(
@@ -153,12 +156,13 @@ def _load(
     trials: int | None,
 ) -> LoadedConfig:
     from dsnet.families import family_names
+    from orchestration.commands.messages import warn
     from orchestration.config.loading import load_config
 
     flags = {"data.path": data_path, "name": name, "storage.runs": runs, "budget.trials": trials}
     loaded = load_config(sweep, overrides=overrides, flags=flags, preset=preset, known_models=family_names())
     for warning in loaded.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        warn(warning)
     return loaded
 
 
@@ -235,14 +239,16 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
 def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_over: bool) -> int:
     """Raise the trial budget of a run and continue it; finished trials are kept."""
     _quiet_platforms()
+    from orchestration.commands.messages import complain
     from orchestration.commands.steering import extended, extension_notes
     from orchestration.commands.sweep import open_sweep
+    from orchestration.config.command_lines import launch_command
 
     results = open_sweep(run, runs).results
     config = extended(results, trials, overrides)
     for note in extension_notes(results, config):
-        click.echo(note, err=True)
-    return _run(config, take_over=take_over, again=f"dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+        complain(note)
+    return _run(config, take_over=take_over, again=launch_command(config, results.run.sweep_yaml))
 
 
 @cli.command()
@@ -331,15 +337,18 @@ def init(
     force: bool,
 ) -> None:
     """Inspect a folder of images and write a sweep file for it."""
+    from dsnet.import_path import is_model_path
     from orchestration.commands.init import MODEL, Network, init_sweep
+    from orchestration.commands.terminal import tell
+    from orchestration.config.command_lines import command_line
 
     network = Network(model or MODEL, init_from, targets)
     path, seen = init_sweep(folder, out, name, network, overwrite=force)
     for line in seen.lines:
-        click.echo(line)
+        tell(line)
     click.echo(f"wrote {path}; next:")
     for command in ("plan", "launch"):
-        click.echo(f"  dsnet-orch {command} {shlex.quote(str(path))}")
+        click.echo(f"  {command_line(command, path, own_code=is_model_path(network.model))}")
 
 
 @cli.command("import-checkpoint")
@@ -357,6 +366,7 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
     path of its sweep file."""
     from orchestration.commands.import_checkpoint import ImportSettings
     from orchestration.commands.import_checkpoint import import_checkpoint as make_import
+    from orchestration.config.command_lines import command_line
 
     folder = out if out is not None else Path(checkpoint.name.split(".")[0] + "-imported")
     settings = ImportSettings(
@@ -367,7 +377,7 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
         data=options["data"],
     )
     imported = make_import(checkpoint, folder, settings)
-    click.echo(f"{imported.summary()}; continue with:\n  dsnet-orch launch {imported.sweep}", err=True)
+    click.echo(f"{imported.summary()}; continue with:\n  {command_line('launch', imported.sweep)}", err=True)
     click.echo(imported.sweep)
 
 
@@ -491,17 +501,32 @@ def pareto(
     type=click.Path(path_type=Path),
     help="Folder for the bundles, one folder each [default: export/ of the run].",
 )
-def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None) -> None:
+@click.option(
+    "--register",
+    metavar="NAME",
+    help="Register each bundle in MLflow as a version of this model [default: export.register_as].",
+)
+def export(
+    run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None, register: str | None
+) -> None:
     """Export gates or static sub-networks of a run as bundles for `dsnet.load_bundle`, and print
-    their folders."""
+    their folders. Those in the folder of a tracked run are also its logged models in MLflow."""
     from dsnet.deploy.exporters import check_format
+    from orchestration.commands.messages import warn
+    from orchestration.commands.mlflow import BundleLog
     from orchestration.commands.sweep import open_sweep
     from orchestration.pipeline.export import write_formats
 
     further = tuple(map(check_format, formats))
-    for path in open_sweep(run, runs).export(picks, out):
+    sweep = open_sweep(run, runs)
+    log = BundleLog(sweep.results, register)
+    paths = sweep.export(picks, out)
+    for path in paths:
         write_formats(path, further)
         click.echo(path)
+    warning = log.write(paths, out)
+    if warning is not None:
+        warn(warning)
 
 
 @cli.command()
@@ -530,10 +555,13 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("photos", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
-    "--budget-madds", "madds_m", type=float, help="Use the best operating point of at most so many million MAdds."
+    "--budget-madds", "madds_m", type=POSITIVE, help="Use the best operating point of at most so many million MAdds."
 )
 @click.option(
-    "--budget-latency", "latency_ms", type=float, help="Use the best operating point of at most so many ms at batch 1."
+    "--budget-latency",
+    "latency_ms",
+    type=POSITIVE,
+    help="Use the best operating point of at most so many ms at batch 1.",
 )
 @AS_JSON
 def predict(
@@ -547,6 +575,7 @@ def predict(
     """
     from orchestration.commands.predict import predict_files
 
+    _check_one_budget(madds_m, latency_ms)
     return predict_files(bundle, photos, as_json=as_json, madds_m=madds_m, latency_ms=latency_ms)
 
 
@@ -596,8 +625,8 @@ def predict(
     show_default=True,
     help="Largest body of a request in MiB.",
 )
-@click.option("--budget-madds", "madds_m", type=float, help="Budget of requests without one, in million MAdds.")
-@click.option("--budget-latency", "latency_ms", type=float, help="Budget of requests without one, in ms at batch 1.")
+@click.option("--budget-madds", "madds_m", type=POSITIVE, help="Budget of requests without one, in million MAdds.")
+@click.option("--budget-latency", "latency_ms", type=POSITIVE, help="Budget of requests without one, in ms at batch 1.")
 def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
     """Answer HTTP requests with a bundle on 127.0.0.1 until Ctrl-C.
 
@@ -605,27 +634,59 @@ def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
     how it is. Requests that arrive together are answered in batches.
     """
     _quiet_platforms()
+    from orchestration.commands.terminal import say
     from orchestration.serving.command import serve_until_stopped
 
-    serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options))
+    _check_one_budget(options["madds_m"], options["latency_ms"])
+    serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options), say)
+
+
+def _check_one_budget(madds_m: float | None, latency_ms: float | None) -> None:
+    if madds_m is not None and latency_ms is not None:
+        raise click.UsageError("--budget-madds and --budget-latency are two budgets; give one of them")
 
 
 @cli.command()
 @IMPORTS
 @RUN
 @RUNS
-def measure(run: str, runs: str) -> None:
-    """Measure the latency of a run's sub-networks and front again, without training."""
-    from orchestration.commands.measure_again import measure_again
+@click.option("--device", type=click.Choice(("cpu", "cuda", "auto")), help="Time on this device of this machine.")
+@click.option("--engine", help="Time with this engine: torch or onnxruntime.")
+@click.option("--threads", type=click.IntRange(1), help="Time with this number of threads.")
+@click.option(
+    "--export-kit",
+    "kit",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Write ONNX files and a script of numpy and onnxruntime alone that times them on a device which cannot run dsnet-orch.",
+)
+@click.option(
+    "--import",
+    "result",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Read the result.json of such a script, and show the front on its device.",
+)
+@click.option("--stored", is_flag=True, help="Show the timings of all other devices again, without timing.")
+@AS_JSON
+def measure(run: str, runs: str, kit: Path | None, result: Path | None, **options: Any) -> None:
+    """Measure the latency of a run's sub-networks and front again, without training; or on another
+    device, and say which gates leave the front there.
+
+    Without options everything is timed again on the devices of the sweep. With --device, --engine
+    or --threads the parts of the supernet are timed on this machine, which needs the folder of the
+    run and no images.
+    """
+    from orchestration.commands.measure_elsewhere import MeasureOptions, measure_run
     from orchestration.commands.sweep import open_sweep
-    from orchestration.commands.terminal import show_measured_again
     from orchestration.progress import TerminalProgress
 
     results = open_sweep(run, runs).only_supernet("one is measured at a time")
-    show_measured_again(measure_again(results, TerminalProgress()))
+    measure_run(results, MeasureOptions(kit=kit, result=result, **options), TerminalProgress())
 
 
 @cli.command()
+@IMPORTS
 @RUN
 @RUNS
 def report(run: str, runs: str) -> None:
@@ -663,6 +724,7 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
     _quiet_platforms()
     from orchestration.commands.mlflow import newest_pages, pages_of
     from orchestration.commands.sweep import open_sweep
+    from orchestration.commands.terminal import say
     from orchestration.pipeline.signals import wait_for_stop
     from orchestration.tracking.links import open_in_browser
     from orchestration.tracking.server import serve_ui
@@ -676,11 +738,12 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
         if not pages.links:
             click.echo("no run has a chart in MLflow yet; create one with: dsnet-orch ui RUN")
         for path in dict.fromkeys(link.runs for link in pages.links):
-            click.echo(f"all runs: {url}{path}")
-        click.echo(f"all of MLflow: {url}{EXPERIMENTS_PATH}   (stop it with Ctrl-C)")
+            say(f"all runs: {url}{path}")
+        say(f"all of MLflow: {url}{EXPERIMENTS_PATH}   (stop it with Ctrl-C)")
         if pages.links and not no_open:
             open_in_browser(url + pages.links[0].path)
         wait_for_stop()
+        click.echo("stopping ...", err=True)
 
 
 def _quiet_platforms() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsnet.training.data_defaults import MAX_EPOCHS
+from dsnet.wording import plural, subnet_phrase
 
 Floats = NDArray[np.float64]
 
@@ -189,7 +190,8 @@ def stood_still(facts: TrainingFacts) -> TrainingWarning | None:
     if not slow:
         return None
     worst = max(slow, key=lambda name: slow[name])
-    who = f"the loss of {worst}" + (f" and of {len(slow) - 1} more sub-networks" if len(slow) > 1 else "")
+    others = f" and of {plural(len(slow) - 1, 'more sub-network')}" if len(slow) > 1 else ""
+    who = f"the loss of {subnet_phrase(worst)}{others}"
     text = f"{who} did not decrease for {slow[worst]:.0%} of the training"
     if facts.teacher == "none":
         way_out = "raise supernet.train.lr, or shorten supernet.train.warmup_epochs"
@@ -240,7 +242,7 @@ def spike(facts: TrainingFacts) -> TrainingWarning | None:
     if not found:
         return None
     rise, name, step, low, high = max(found)
-    text = f"the loss of {name} jumped from {low:.3g} to {high:.3g} near step {step:,}"
+    text = f"the loss of {subnet_phrase(name)} jumped from {low:.3g} to {high:.3g} near step {step:,}"
     way_out = (
         "lower supernet.train.lr, raise supernet.train.warmup_epochs, or set supernet.train.grad_clip (1 is usual)"
     )
@@ -288,8 +290,9 @@ def not_ordered(facts: TrainingFacts) -> TrainingWarning | None:
     p, narrow, wide = min(sure)
     small, large = facts.routes[narrow], facts.routes[wide]
     text = (
-        f"{large.name} is worse on val than {small.name}, which it contains: {large.top1:.1%} and {small.top1:.1%}"
-        + (f" (and so are {len(sure) - 1} more pairs)" if len(sure) > 1 else "")
+        f"{subnet_phrase(large.name)} is worse on val than {subnet_phrase(small.name)}, which it contains: "
+        f"{large.top1:.1%} and {small.top1:.1%}"
+        + (f" (there are {plural(len(sure) - 1, 'more such pair')})" if len(sure) > 1 else "")
     )
     way_out = (
         "the wider ones need more training: raise supernet.train.epochs or supernet.train.num_random; "
@@ -344,8 +347,8 @@ def teacher_above(facts: TrainingFacts) -> TrainingWarning | None:
         return None
     gap = facts.outside.top1 - widest.top1
     text = (
-        f"{facts.outside.name}, the teacher, which is not a route, is {100 * gap:.1f} points better on val than the widest route "
-        f"{widest.name}: {facts.outside.top1:.1%} and {widest.top1:.1%}"
+        f"{subnet_phrase(facts.outside.name)}, the teacher, which is not a route, is {100 * gap:.1f} points better on val than "
+        f"the widest route, {subnet_phrase(widest.name)}: {facts.outside.top1:.1%} and {widest.top1:.1%}"
     )
     way_out = f"raise supernet.train.epochs, or lower supernet.train.lr{_labels_too(facts)}"
     return TrainingWarning(
@@ -360,7 +363,7 @@ def overfit(facts: TrainingFacts) -> TrainingWarning | None:
         return None
     gap = facts.train.top1 - on_val.top1
     text = (
-        f"{on_val.name} has {facts.train.top1:.1%} on training images and {on_val.top1:.1%} on val, "
+        f"{subnet_phrase(on_val.name)} has {facts.train.top1:.1%} on training images and {on_val.top1:.1%} on val, "
         f"a difference of {100 * gap:.1f} points"
     )
     way_out = (

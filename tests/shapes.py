@@ -22,6 +22,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import jaxtyping
+import torch
 from beartype import beartype
 
 CALLS_PER_TEST = 1
@@ -152,18 +153,23 @@ def _wrapped(name: str, function: Callable[..., Any], module: ModuleType) -> Cal
     shapes = _shapes(inspect.get_annotations(inner), module)
     if not shapes:
         return function
-    checks = _Checks(name, function, inner, shapes)
+    # Not in a variable of the function below, because a trace would have to wrap that.
+    key = len(_CHECKS)
+    _CHECKS.append(_Checks(name, function, inner, shapes))
 
     @functools.wraps(function)
     def checked(*arguments: Any, **options: Any) -> Any:
-        if _CALLS[name] >= CALLS_PER_TEST:
+        if torch.compiler.is_compiling() or _CALLS[name] >= CALLS_PER_TEST:  # a trace is of the product alone
             return function(*arguments, **options)
         _CALLS[name] += 1
-        return checks.function(*arguments, **options)
+        return _CHECKS[key].function(*arguments, **options)
 
     CHECKED.add(name)
     checked.__checks_shapes__ = True  # type: ignore[attr-defined]
     return checked
+
+
+_CHECKS: list[_Checks] = []
 
 
 @dataclasses.dataclass(frozen=True)

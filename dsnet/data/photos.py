@@ -66,7 +66,7 @@ class PhotoDecoder:
             DataError: The file cannot be read or is no image that Pillow reads; the message names
                 it.
         """
-        return self._input(read_rgb(file, photo_formats()))
+        return self.of_photo(read_rgb(file, photo_formats()))
 
     def decode(self, content: bytes, where: str) -> UInt8[Tensor, "channels size size"]:
         """Decode the bytes of one photo file, as a call does for a file.
@@ -78,9 +78,10 @@ class PhotoDecoder:
         Raises:
             DataError: The bytes are no image that Pillow reads.
         """
-        return self._input(decode_rgb(content, where, photo_formats()))
+        return self.of_photo(decode_rgb(content, where, photo_formats()))
 
-    def _input(self, photo: Image.Image) -> Tensor:
+    def of_photo(self, photo: Image.Image) -> UInt8[Tensor, "channels size size"]:
+        """The input of an upright RGB photo of any size."""
         image = centre_square(photo, self.native_size, self.crop_fraction)
         pixels = np.asarray(image.convert("L"))[None] if self.channels == 1 else np.asarray(image).transpose(2, 0, 1)
         decoded = torch.from_numpy(pixels.copy())

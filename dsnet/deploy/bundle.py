@@ -14,13 +14,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from dsnet.data.normalization import Normalization
@@ -28,6 +28,7 @@ from dsnet.data.photos import PhotoDecoder, photo_files
 from dsnet.deploy import onnx_files
 from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.engines import AUTO, TORCH, Engine, chosen_engine, graph_engines
+from dsnet.deploy.layout import MANIFEST
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints, prefix_of, read_points, store_points
 from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
 from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
@@ -45,11 +46,12 @@ from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_exactly, load_tensors, save_tensors, tensors_below
 
 SCHEMA_VERSION = 1
+EXAMPLES = "examples.safetensors"
+"""Name of the file of the examples."""
 NUM_EXAMPLES = 16
 LOGIT_TOLERANCE = 1e-4
 """Largest accepted difference to a stored logit, relative to the largest stored one: processors
 differ in the order of sums."""
-MANIFEST = "bundle.json"
 
 
 class _Setting(NamedTuple):
@@ -422,7 +424,7 @@ def _write_files(
 ) -> None:
     files = {
         "weights.safetensors": save_tensors(draft / "weights.safetensors", weights),
-        "examples.safetensors": save_tensors(draft / "examples.safetensors", examples),
+        EXAMPLES: save_tensors(draft / EXAMPLES, examples),
     }
     (draft / "gate.yaml").write_text(gate_yaml, encoding="utf-8")
     files["gate.yaml"] = file_sha256(draft / "gate.yaml")
@@ -549,10 +551,22 @@ def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bun
 
 def _stored_supernet(path: Path, manifest: Mapping[str, Any]) -> tuple[Supernet, Mapping[str, Tensor]]:
     """The supernet in eval mode on the CPU, and all tensors of the bundle."""
-    weights = load_tensors(path / "weights.safetensors", manifest["files"]["weights.safetensors"])
+    weights = _tensors_of(path, manifest, "weights.safetensors")
     supernet = rebuild(SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"]))
     load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
     return supernet.eval(), weights
+
+
+def _tensors_of(path: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of a file of a bundle.
+
+    Raises:
+        CheckpointError: it is not the file that was exported.
+    """
+    try:
+        return load_tensors(path / name, manifest["files"][name])
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; export the bundle again") from error
 
 
 def _points(path: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[OperatingPoint, ...]:
@@ -565,10 +579,40 @@ def _points(path: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tenso
         raise CheckpointError(f"{path / MANIFEST}: {error}; export it again") from error
 
 
-@exact_float32()
+class StoredParts(NamedTuple):
+    """What a bundle is made of, to be written in other formats."""
+
+    supernet: Supernet
+    """In eval mode on the CPU; every member is a route."""
+    points: tuple[OperatingPoint, ...]
+    """In the order in which they are stored."""
+    normalization: Normalization
+    image_shape: tuple[int, int, int]
+    """(channels, height, width)."""
+    photos: PhotoDecoder | None
+    """How photos are decoded; None if the images are not photos."""
+
+
+def stored_parts(path: Path) -> StoredParts:
+    """Read the parts of a bundle.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    manifest = read_json(path / MANIFEST)
+    supernet, weights = _stored_supernet(path, manifest)
+    channels, height, width = manifest["image_shape"]
+    return StoredParts(
+        supernet,
+        _points(path, manifest, weights),
+        Normalization.from_json(manifest["normalization"]),
+        (channels, height, width),
+        PhotoDecoder.from_json(manifest["photos"]) if "photos" in manifest else None,
+    )
+
+
 def write_onnx(path: Path, folder: Path) -> None:
-    """Write the ONNX graphs of a bundle, and check that an engine that is installed gives the
-    routes and logits of its examples with them.
+    """Write the ONNX graphs of a bundle's segments and decisions.
 
     Args:
         path: the bundle's folder.
@@ -576,15 +620,26 @@ def write_onnx(path: Path, folder: Path) -> None:
 
     Raises:
         DsnetError: the packages are missing, or the network cannot be exported.
-        VerificationError: the graphs give other routes or logits.
+    """
+    parts = stored_parts(path)
+    routers = [point.router for point in parts.points]
+    onnx_files.write_graphs(parts.supernet, routers, parts.image_shape[1], folder)
+
+
+def check_onnx(path: Path, folder: Path) -> int:
+    """Run the examples of a bundle with its graphs in every engine that is installed; returns their
+    number.
+
+    Raises:
+        VerificationError: a route or a logit differs.
     """
     manifest = read_json(path / MANIFEST)
-    supernet, weights = _stored_supernet(path, manifest)
-    routers = [point.router for point in _points(path, manifest, weights)]
-    onnx_files.write_graphs(supernet, routers, manifest["image_shape"][1], folder)
-    for engine in graph_engines():
-        if engine.is_installed:
-            check_bundle_examples(_assemble(path, manifest, _Loading(graphs=folder, engine=engine)))
+    found = [
+        check_bundle_examples(_assemble(path, manifest, _Loading(graphs=folder, engine=engine)))
+        for engine in graph_engines()
+        if engine.is_installed
+    ]
+    return max(found, default=0)
 
 
 def check_bundle_files(bundle: Bundle) -> None:
@@ -596,7 +651,45 @@ def check_bundle_files(bundle: Bundle) -> None:
     for name, expected in bundle.manifest["files"].items():
         file = bundle.path / name
         if not file.is_file() or file_sha256(file) != expected:
-            raise VerificationError(f"{file}: missing, or not the file that was exported (its SHA-256 differs)")
+            raise VerificationError(
+                f"{file}: missing, or not the file that was exported (its SHA-256 differs); export the bundle again"
+            )
+
+
+class Examples(NamedTuple):
+    """The stored examples of an operating point."""
+
+    point: str
+    """Its name."""
+    images: UInt8[Tensor, "examples channels height width"]
+    """Pixels."""
+    routes: Int64[Tensor, " examples"]
+    """The routes that they must take."""
+    logits: Float[Tensor, "examples classes"]
+    """The logits that they must get."""
+
+
+def stored_examples(bundle: Bundle) -> Iterator[Examples]:
+    """The examples of every operating point; without images where none are stored.
+
+    Raises:
+        VerificationError: those of a point are not stored.
+    """
+    stored = _tensors_of(bundle.path, bundle.manifest, EXAMPLES)
+    images = stored["images"]
+    points = bundle.manifest.get("points")
+    if points is None:
+        (point,) = bundle.operating_points
+        yield Examples(point.name, images, stored["routes"], stored["logits"])
+        return
+    for number, entry in enumerate(points):
+        prefix = prefix_of(number)
+        if f"{prefix}routes" not in stored or f"{prefix}logits" not in stored:
+            raise VerificationError(
+                f"{bundle.path}: operating point {entry['name']}: no routes and logits of the examples are stored; export the "
+                "bundle again"
+            )
+        yield Examples(entry["name"], images, stored[f"{prefix}routes"], stored[f"{prefix}logits"])
 
 
 @exact_float32()
@@ -613,36 +706,45 @@ def check_bundle_examples(bundle: Bundle) -> int:
     Raises:
         VerificationError: a route or a logit differs, or those of a point are not stored.
     """
-    stored = load_tensors(bundle.path / "examples.safetensors", bundle.manifest["files"]["examples.safetensors"])
-    if len(stored["images"]) == 0:
-        return 0
-    points = bundle.manifest.get("points")
-    if points is None:
-        _check_examples(bundle, str(bundle.path), stored["images"], stored["routes"], stored["logits"])
-        return len(stored["images"])
-    for number, entry in enumerate(points):
-        where, prefix = f"{bundle.path}: operating point {entry['name']}", prefix_of(number)
-        if f"{prefix}routes" not in stored or f"{prefix}logits" not in stored:
-            raise VerificationError(
-                f"{where}: no routes and logits of the examples are stored; export the bundle again"
-            )
-        routes, logits = stored[f"{prefix}routes"], stored[f"{prefix}logits"]
-        _check_examples(bundle.at(entry["name"]), where, stored["images"], routes, logits)
-    return len(stored["images"])
+    count = 0
+    for examples in stored_examples(bundle):
+        if (count := len(examples.images)) == 0:
+            return 0
+        where = str(bundle.path)
+        if len(bundle.operating_points) > 1:
+            where += f": operating point {examples.point}"
+        logits, routes = _retraced(bundle.at(examples.point), examples.images, examples.routes)
+        compare_examples(where, bundle.route_names, examples, routes, logits)
+    return count
 
 
-def _check_examples(bundle: Bundle, where: str, images: Tensor, wanted_routes: Tensor, expected: Tensor) -> None:
-    """Check the examples at the present operating point; `where` begins the messages."""
-    logits, routes = _retraced(bundle, images, wanted_routes)
-    scale = float(expected.abs().max()) or 1.0
-    for index in range(len(images)):
-        route, wanted = int(routes[index]), int(wanted_routes[index])
+def compare_examples(
+    where: str,
+    route_names: Sequence[str],
+    expected: Examples,
+    routes: Int64[Tensor, " examples"],
+    logits: Float[Tensor, "examples classes"],
+) -> None:
+    """Compare answers to examples with the stored ones.
+
+    Args:
+        where: begins the messages.
+        route_names: names of the bundle's routes.
+        expected: the examples.
+        routes: the routes taken.
+        logits: the logits given.
+
+    Raises:
+        VerificationError: a route or a logit differs.
+    """
+    scale = float(expected.logits.abs().max()) or 1.0
+    for index in range(len(expected.images)):
+        route, wanted = int(routes[index]), int(expected.routes[index])
         if route != wanted:
-            names = bundle.route_names
             raise VerificationError(
-                f"{where}: example {index} took route {names[route]}, but {names[wanted]} was recorded"
+                f"{where}: example {index} took route {route_names[route]}, but {route_names[wanted]} was recorded"
             )
-        difference = float((logits[index] - expected[index]).abs().max()) / scale
+        difference = float((logits[index] - expected.logits[index]).abs().max()) / scale
         if not difference <= LOGIT_TOLERANCE:
             raise VerificationError(
                 f"{where}: the logits of example {index} differ by {difference:.2e} (relative), more than {LOGIT_TOLERANCE:.0e}"
@@ -652,16 +754,24 @@ def _check_examples(bundle: Bundle, where: str, images: Tensor, wanted_routes: T
 def _retraced(bundle: Bundle, pixels: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and routes of images, on the CPU; recorded routes are taken where the router's
     decision is a tie."""
-    net = bundle.net
-    images = bundle.normalization.apply(pixels.to(bundle.device))
-    output = net(images)
+    output = bundle.net(bundle.normalization.apply(pixels.to(bundle.device)))
     logits, routes = output.logits.cpu(), output.routes.cpu()
     for route in recorded[routes != recorded].unique().tolist():
-        again = net.with_router(Retrace(net.router, route, net.tree))(images)
+        again_logits, again_routes = follow(bundle, pixels, route)
         rows = (routes != recorded) & (recorded == route)
-        logits = torch.where(rows[:, None], again.logits.cpu(), logits)
-        routes = torch.where(rows, again.routes.cpu(), routes)
+        logits = torch.where(rows[:, None], again_logits, logits)
+        routes = torch.where(rows, again_routes, routes)
     return logits, routes
+
+
+def follow(
+    bundle: Bundle, pixels: UInt8[Tensor, "images channels height width"], route: int
+) -> tuple[Float[Tensor, "images classes"], Int64[Tensor, " images"]]:
+    """Logits and routes of images, on the CPU, where a route is taken as far as the router's
+    decisions are ties (`dsnet.routing.retrace`)."""
+    net = bundle.net
+    output = net.with_router(Retrace(net.router, route, net.tree))(bundle.normalization.apply(pixels.to(bundle.device)))
+    return output.logits.cpu(), output.routes.cpu()
 
 
 @exact_float32()

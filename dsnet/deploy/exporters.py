@@ -6,9 +6,11 @@ The bundle is always written, and every other format is made from it. A new form
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dsnet.errors import ConfigError
 from dsnet.plugins import load_plugins
@@ -36,6 +38,19 @@ class Exporter(Protocol):
         ...
 
 
+@runtime_checkable
+class CheckedExporter(Exporter, Protocol):
+    """An exporter that can check what it has written."""
+
+    def check(self, bundle: Path, folder: Path) -> int:
+        """Run the bundle's examples with the files in `folder`; returns their number.
+
+        Raises:
+            VerificationError: the files do not give what the bundle gives.
+        """
+        ...
+
+
 _EXPORTERS: dict[str, Exporter] = {}
 
 
@@ -50,19 +65,38 @@ def register(exporter: Exporter) -> Exporter:
     return exporter
 
 
-class _Onnx:
-    """ONNX graphs of all segments, for other engines than torch (`dsnet.deploy.onnx_files`)."""
+@dataclass(frozen=True)
+class BuiltIn:
+    """A format of ours, whose functions are imported when they are needed."""
 
-    name = "onnx"
+    name: str
+    functions: str
+    """`write` and `check` are the functions `write_NAME` and `check_NAME` of a module, written
+    `module:NAME`."""
 
     def write(self, bundle: Path, folder: Path) -> None:
         """See `Exporter.write`."""
-        from dsnet.deploy.bundle import write_onnx
+        self._function("write")(bundle, folder)
 
-        write_onnx(bundle, folder)
+    def check(self, bundle: Path, folder: Path) -> int:
+        """See `CheckedExporter.check`."""
+        count: int = self._function("check")(bundle, folder)
+        return count
+
+    def _function(self, kind: str) -> Callable[[Path, Path], Any]:
+        module, _, name = self.functions.partition(":")
+        function: Callable[[Path, Path], Any] = getattr(import_module(module), f"{kind}_{name}")
+        return function
 
 
-register(_Onnx())
+for _format, _functions in (
+    ("onnx", "dsnet.deploy.bundle:onnx"),
+    ("onnx_single", "dsnet.deploy.further_formats:single"),
+    ("onnx_photo", "dsnet.deploy.further_formats:photo"),
+    ("torch_export", "dsnet.deploy.further_formats:program"),
+    ("static", "dsnet.deploy.further_formats:static"),
+):
+    register(BuiltIn(_format, _functions))
 
 
 def exporters() -> Mapping[str, Exporter]:

@@ -7,15 +7,16 @@ size; BatchNorm is folded into the convolutions. The decisions are those of `Rou
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from dsnet.deploy.segments import CutSegments
@@ -63,15 +64,20 @@ def first_route(router: Router) -> int | None:
     return first if router.max_runs == 2 and router.num_gates == 1 and isinstance(first, int) else None
 
 
+def has_decisions(router: Router) -> bool:
+    """Whether the decisions of a router can be in a graph: not where it has a single route, or runs
+    several in an order that is not known."""
+    return len(router.routes) > 1 and (router.max_runs == 1 or first_route(router) is not None)
+
+
 def decisions(router: Router, number: int, tree: RouteTree) -> Iterator[Decision]:
-    """The decisions of a router that can be in a graph, by gate and node; none where it has a
-    single route, or runs several in an order that is not known."""
-    if len(router.routes) == 1:
+    """The decisions of a router that can be in a graph, by gate and node."""
+    if not has_decisions(router):
         return
     first = first_route(router)
     if first is not None:
         yield Decision(number, 0, 0, first, after=first)
-    elif router.max_runs == 1:
+    else:
         for gate in range(router.num_gates):
             node_of = tree.gates[gate].node_of
             yield from (
@@ -128,7 +134,8 @@ class _Segments(nn.Module):
         fold_batch_norms(segments)
         self.segments = segments
         self.names = names
-        self.routers = tuple(routers)
+        # Routers keep tensors that they compute once; those of a trace must not stay in them.
+        self.routers = copy.deepcopy(tuple(routers))
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, ...]:
         """See the class."""
@@ -149,11 +156,31 @@ class _Segments(nn.Module):
     def _decided(self, decision: Decision, known: dict[str, Tensor]) -> Tensor:
         router, gate, node = self.routers[decision.router], decision.gate, decision.node
         parts = {part: known[self.names.evidence(gate, node, part)] for part in router.needs}
-        features = known[self.names.features(gate, node)]
-        evidence = Evidence(parts, features.shape[0], features.device, gate, decision.route if gate else STOP)
-        after = decision.after
-        executed = [] if after is None else [Executed(evidence.same(after), known[self.names.logits(after)])]
-        return router.step(evidence, executed)
+        logits = None if decision.after is None else known[self.names.logits(decision.after)]
+        return decided(router, decision, parts, known[self.names.features(gate, node)], logits)
+
+
+def decided(
+    router: Router,
+    decision: Decision,
+    parts: Mapping[str, Float[Tensor, "batch _features"]],
+    features: Float[Tensor, "batch ..."],
+    logits: Float[Tensor, "batch classes"] | None,
+) -> Int64[Tensor, " batch"]:
+    """The result of a decision, int64 [B], so that it can be traced.
+
+    Args:
+        router: the router.
+        decision: the decision.
+        parts: the parts of the evidence there that the router reads.
+        features: the features there.
+        logits: those of `decision.after`; None if no route has run.
+    """
+    route = decision.route if decision.gate else STOP
+    evidence = Evidence(parts, features.shape[0], features.device, decision.gate, route)
+    if logits is None or decision.after is None:
+        return router.step(evidence, [])
+    return router.step(evidence, [Executed(evidence.same(decision.after), logits)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +194,14 @@ class SegmentGraphs:
     @torch.inference_mode(False)  # the exporter takes no tensors of inference mode
     @torch.no_grad()
     def of(
-        cls, supernet: Supernet, parts: Sequence[str], image_size: int, routers: Sequence[Router] = ()
+        cls,
+        supernet: Supernet,
+        parts: Sequence[str],
+        image_size: int,
+        routers: Sequence[Router] = (),
+        *,
+        at_every_gate: bool = False,
+        must_decide: bool = False,
     ) -> SegmentGraphs:
         """Export the segments of a supernet, and the decisions of routers as far as they can be in
         a graph.
@@ -178,12 +212,21 @@ class SegmentGraphs:
                 `routers` need.
             image_size: height and width in pixels.
             routers: routers over the supernet's members.
+            at_every_gate: whether the graphs also have the decisions of routers that decide at
+                several gates.
+            must_decide: whether decisions that cannot be traced are an error; else they are left
+                out, and a warning is logged.
 
         Raises:
             DsnetError: the packages are missing, or the exporter does not know an operation.
         """
         tree = RouteTree.of(supernet.subnets)
-        found = (each for number, router in enumerate(routers) for each in decisions(router, number, tree))
+        found = (
+            each
+            for number, router in enumerate(routers)
+            if at_every_gate or router.num_gates == 1
+            for each in decisions(router, number, tree)
+        )
         names = Names(tree, tuple(parts), tuple(found))
         example = torch.zeros(_EXAMPLES, supernet.spec.in_channels, image_size, image_size)
 
@@ -193,11 +236,11 @@ class SegmentGraphs:
 
         try:
             return export(names)
-        except DsnetError as error:
-            if not names.decisions:
+        except _NotTraceableError as error:
+            if must_decide or not names.decisions:
                 raise
             without = export(replace(names, decisions=()))
-            _log.warning("%s: engines will take the routers' decisions in Python, which is slower", error)
+            _log.warning("%s; engines will ask the routers in Python, which is slower", error)
             return without
 
     def segment(self, gate: int, node: int) -> ModelProto:
@@ -245,15 +288,33 @@ class SegmentGraphs:
         return model
 
 
+class _NotTraceableError(DsnetError):
+    """A network or a decision that cannot be traced."""
+
+
 def _exported(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> ModelProto:
+    model = to_onnx(traced(module, example, {0: torch.export.Dim("batch")}), IMAGES, outputs)
+    _read_through_entry(model)
+    return model
+
+
+def to_onnx(program: torch.export.ExportedProgram, name: str, outputs: Sequence[str]) -> ModelProto:
+    """The ONNX graph of a program with one input.
+
+    Args:
+        program: see `traced`.
+        name: of the input.
+        outputs: names of all outputs.
+
+    Raises:
+        DsnetError: the packages are missing, or the exporter does not know an operation.
+    """
     try:
         with _without_notes():
-            program = torch.onnx.export(
-                module,
-                (example,),
-                input_names=[IMAGES],
+            exported = torch.onnx.export(
+                program,
+                input_names=[name],
                 output_names=list(outputs),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -261,12 +322,33 @@ def _exported(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> Mod
     except ImportError as error:
         raise DsnetError(f"ONNX files need further packages ({error}): pip install 'dsnet-orch[deploy]'") from error
     except torch.onnx.OnnxExporterError as error:
-        first = str(error).strip().splitlines()[0]
-        raise DsnetError(f"the network cannot be exported to ONNX: {first}") from error
-    assert program is not None
-    model: ModelProto = program.model_proto
-    _read_through_entry(model)
+        raise DsnetError(f"the network cannot be exported to ONNX: {_first_line(error)}") from error
+    assert exported is not None
+    model: ModelProto = exported.model_proto
     return model
+
+
+def traced(
+    module: nn.Module, example: Shaped[Tensor, "batch channels height width"], sizes: dict[int, Any] | None
+) -> torch.export.ExportedProgram:
+    """The program of a module with one input.
+
+    Args:
+        module: in eval mode.
+        example: an input.
+        sizes: dimensions of the input that may have other sizes; None: it has the example's.
+
+    Raises:
+        DsnetError: it cannot be traced, such as where a decision depends on values in Python.
+    """
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=None if sizes is None else (sizes,), strict=False)
+    except Exception as error:  # a user's network or router may raise anything
+        raise _NotTraceableError(f"the network cannot be traced: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_through_entry(model: ModelProto) -> None:

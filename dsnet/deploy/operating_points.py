@@ -25,6 +25,9 @@ LATENCY_CLAIM = "expected_latency"
 -> `device` (its model), `threads` and `batches_ms`, the time of a batch by its size."""
 
 
+_MORE_POINTS = "export all gates of the front as one bundle: dsnet-orch export RUN --pick front"
+
+
 @dataclass(frozen=True)
 class OperatingPoint:
     """A router over the sub-networks of a bundle, with the numbers with which it was exported. The
@@ -218,9 +221,14 @@ class OperatingPoints(Sequence[OperatingPoint]):
         allowed = [point for point in rated if costs[point.name] <= budget]
         if not allowed:
             first, last = (pick(rated, key=lambda point: costs[point.name]) for pick in (min, max))
+            least = f"allow at least {_outward(costs[first.name], math.ceil)}"
             raise NotFoundError(
-                f"no operating point costs at most {budget:g} {unit}: they cost from {costs[first.name]:.4g} ({first.name}) "
-                f"to {costs[last.name]:.4g} ({last.name}); allow at least {_outward(costs[first.name], math.ceil)}"
+                f"no operating point costs at most {budget:g} {unit}: "
+                + (
+                    f"they cost from {costs[first.name]:.4g} ({first.name}) to {costs[last.name]:.4g} ({last.name}); {least}"
+                    if len(self) > 1
+                    else f"the bundle has only one, {first.name}, which costs {costs[first.name]:.4g}; {least}, or {_MORE_POINTS}"
+                )
             )
         return min(allowed, key=lambda point: (-_known(point.top1), costs[point.name], _or_inf(point.madds_m)))
 
@@ -231,9 +239,14 @@ class OperatingPoints(Sequence[OperatingPoint]):
         enough = [point for point in rated if _known(point.top1) >= top1]
         if not enough:
             first, last = (pick(rated, key=lambda point: _known(point.top1)) for pick in (min, max))
+            most = f"ask for at most {_outward(_known(last.top1), math.floor)}"
             raise NotFoundError(
-                f"no operating point reaches top-1 {top1:g} on val: they reach from {first.top1:.4g} ({first.name}) "
-                f"to {last.top1:.4g} ({last.name}); ask for at most {_outward(_known(last.top1), math.floor)}"
+                f"no operating point reaches top-1 {top1:g} on val: "
+                + (
+                    f"they reach from {first.top1:.4g} ({first.name}) to {last.top1:.4g} ({last.name}); {most}"
+                    if len(self) > 1
+                    else f"the bundle has only one, {first.name}, which reaches {first.top1:.4g}; {most}, or {_MORE_POINTS}"
+                )
             )
         return min(enough, key=lambda point: (_or_inf(point.madds_m), -_known(point.top1)))
 

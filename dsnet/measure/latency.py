@@ -73,6 +73,15 @@ class Timing:
     """Third minus first quartile."""
     repeats: int
 
+    @classmethod
+    def by_call(cls, times: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+        """The summaries of the times of several calls in the same rounds, in milliseconds."""
+        first, median, third = np.percentile(list(times.values()), [25, 50, 75], axis=1)
+        spread = third - first
+        return {
+            name: cls(float(median[k]), float(spread[k]), len(values)) for k, (name, values) in enumerate(times.items())
+        }
+
 
 NOISY_SPREAD = 0.2
 """Times are noisy if the ratio of interquartile range to median of the typical call is above this:
@@ -226,6 +235,86 @@ class LatencyTable:
         )
 
 
+Rounds = Mapping[int, Mapping[str, tuple[float, ...]]]
+"""n images -> call -> milliseconds in each round. All calls of a size were run in the same
+rounds."""
+
+
+@dataclass(frozen=True)
+class LatencySamples:
+    """All single times of a measurement, of which a `LatencyTable` has the medians."""
+
+    device: str
+    """See `LatencyTable.device`."""
+    threads: int
+    whole: Rounds
+    """batch size -> whole sub-network -> its times."""
+    parts: Rounds
+    """n images -> trunk (`TRUNK`), decisions (`DECIDE` and the kind of router) and the tail of each
+    route -> their times."""
+    load: MachineLoad | None = None
+
+    @property
+    def has_decisions(self) -> bool:
+        """Whether decisions were timed; else they count as 0 ms."""
+        return any(name.startswith(DECIDE) for row in self.parts.values() for name in row)
+
+    def table(self) -> LatencyTable:
+        """The table of the medians."""
+        return self._table(_timings(self.whole), _timings(self.parts))
+
+    def resampled(self, rng: np.random.Generator) -> LatencyTable:
+        """The table of rounds that are drawn with replacement, for each size on its own; the calls
+        of a size keep their common rounds."""
+        return self._table(_timings(_drawn(self.whole, rng)), _timings(_drawn(self.parts, rng)))
+
+    def _table(
+        self, subnets: Mapping[int, Mapping[str, Timing]], parts: Mapping[int, Mapping[str, Timing]]
+    ) -> LatencyTable:
+        rows = {size: dict(row) for size, row in parts.items()}
+        kinds = [name.removeprefix(DECIDE) for name in rows[1] if name.startswith(DECIDE)]
+        decisions = {kind: {size: row.pop(DECIDE + kind) for size, row in rows.items()} for kind in kinds}
+        trunk = {size: row.pop(TRUNK) for size, row in rows.items()}
+        untimed = {size: Timing(0.0, 0.0, timing.repeats) for size, timing in trunk.items()}
+        return LatencyTable(
+            device=self.device,
+            threads=self.threads,
+            subnets=subnets,
+            trunk=trunk,
+            decide=decisions.pop(PUBLISHED, untimed),
+            tails=rows,
+            decisions=decisions,
+            load=self.load,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LatencySamples:
+        """Rebuild it from `to_json`."""
+
+        def rounds(name: str) -> Rounds:
+            return {int(n): {call: tuple(ms) for call, ms in row.items()} for n, row in data[name].items()}
+
+        load = MachineLoad.from_json(data["load"])
+        return cls(data["device"], data["threads"], rounds("whole"), rounds("parts"), load)
+
+
+def _timings(rounds: Rounds) -> dict[int, dict[str, Timing]]:
+    return {size: Timing.by_call(row) for size, row in rounds.items()}
+
+
+def _drawn(rounds: Rounds, rng: np.random.Generator) -> Rounds:
+    drawn = {}
+    for size, row in rounds.items():
+        count = len(next(iter(row.values())))
+        chosen = rng.integers(count, size=count)
+        drawn[size] = {name: tuple(times[index] for index in chosen) for name, times in row.items()}
+    return drawn
+
+
 @dataclass(frozen=True)
 class BatchClock:
     """Times of the parts of the dynamic network for one batch of B images."""
@@ -245,7 +334,15 @@ class BatchClock:
     def ms(self, runs: Float64[np.ndarray, " routes"], kind: str = PUBLISHED) -> float:
         """Ideal latency of a batch of random images; `runs` [K] are the shares of images that run
         each route."""
-        chances = _binomials(self.tails_ms.shape[1] - 1, np.asarray(runs, dtype=np.float64))
+        return self.expected_ms(self.chances(runs), kind)
+
+    def chances(self, runs: Float64[np.ndarray, " routes"]) -> Float64[np.ndarray, "routes sizes"]:
+        """[K, B + 1]: the probability that 0, 1, ..., B images of the batch run each route."""
+        return _binomials(self.tails_ms.shape[1] - 1, np.asarray(runs, dtype=np.float64))
+
+    def expected_ms(self, chances: Float64[np.ndarray, "routes sizes"], kind: str = PUBLISHED) -> float:
+        """`ms` with the probabilities that `chances` returns, which are the same for all clocks of
+        a batch size."""
         return self.fixed_ms(kind) + float((chances * self.tails_ms).sum())
 
 
@@ -295,6 +392,22 @@ def time_interleaved(
     synchronize: Callable[[], None] = lambda: None,
     before_each: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
+    """Summaries of the times of `time_rounds`, whose arguments it takes."""
+    times = time_rounds(
+        calls, repeats=repeats, warmup=warmup, budget_s=budget_s, synchronize=synchronize, before_each=before_each
+    )
+    return Timing.by_call(times)
+
+
+def time_rounds(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int,
+    budget_s: float = math.inf,
+    synchronize: Callable[[], None] = lambda: None,
+    before_each: Callable[[], None] = lambda: None,
+) -> dict[str, tuple[float, ...]]:
     """Time several calls interleaved: each round runs all of them, in a new random order, so that
     drift affects all alike.
 
@@ -306,6 +419,9 @@ def time_interleaved(
             or `repeats` if these are fewer, are timed in any case.
         synchronize: waits until the device has finished.
         before_each: called, untimed, before every call; it may raise to stop.
+
+    Returns:
+        the milliseconds of each call in every round.
     """
     order = list(calls)
     shuffle = random.Random(0)
@@ -320,11 +436,7 @@ def time_interleaved(
             synchronize()
             if counts:
                 samples[name].append((time.perf_counter() - start) * 1e3)
-    timings = {}
-    for name, values in samples.items():
-        first, median, third = np.percentile(values, [25, 50, 75])
-        timings[name] = Timing(float(median), float(third - first), len(values))
-    return timings
+    return {name: tuple(values) for name, values in samples.items()}
 
 
 def _rounds(repeats: int, warmup: int, budget_s: float) -> Iterator[bool]:
@@ -341,7 +453,6 @@ def _rounds(repeats: int, warmup: int, budget_s: float) -> Iterator[bool]:
         yield True
 
 
-@torch.inference_mode()
 def measure_latency(
     supernet: Supernet,
     image_size: int,
@@ -350,6 +461,19 @@ def measure_latency(
     before_each: Callable[[], None] = lambda: None,
     budget_s: float = BUDGET_S,
 ) -> LatencyTable:
+    """The table of `measure_samples`, whose arguments it takes."""
+    return measure_samples(supernet, image_size, settings, on_progress, before_each, budget_s).table()
+
+
+@torch.inference_mode()
+def measure_samples(
+    supernet: Supernet,
+    image_size: int,
+    settings: LatencySettings,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    before_each: Callable[[], None] = lambda: None,
+    budget_s: float = BUDGET_S,
+) -> LatencySamples:
     """Time every sub-network and every part of the dynamic network on random images, on the main
     device of `settings`; the number of threads of the process is restored afterwards.
 
@@ -374,9 +498,9 @@ def measure_latency(
     total = settings.num_rounds
     done = 0
 
-    def timed(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
+    def timed(calls: Mapping[str, Callable[[], object]]) -> dict[str, tuple[float, ...]]:
         nonlocal done
-        timings = time_interleaved(
+        times = time_rounds(
             calls,
             repeats=settings.repeats,
             warmup=settings.warmup,
@@ -386,27 +510,16 @@ def measure_latency(
         )
         done += 1
         on_progress(done, total)
-        return timings
+        return times
 
     threads_before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        subnets = {size: timed(parts.whole_calls(size)) for size in settings.batch_sizes}
+        whole = {size: timed(parts.whole_calls(size)) for size in settings.batch_sizes}
         rows = {size: timed(parts.part_calls(size)) for size in settings.group_sizes}
     finally:
         torch.set_num_threads(threads_before)
-    kinds = [name.removeprefix(DECIDE) for name in rows[1] if name.startswith(DECIDE)]
-    decisions = {kind: {size: row.pop(DECIDE + kind) for size, row in rows.items()} for kind in kinds}
-    return LatencyTable(
-        device=device_name(device, engine),
-        threads=settings.threads,
-        subnets=subnets,
-        trunk={size: row.pop(TRUNK) for size, row in rows.items()},
-        decide=decisions.pop(PUBLISHED),
-        tails=rows,
-        decisions=decisions,
-        load=MachineLoad.now(),
-    )
+    return LatencySamples(device_name(device, engine), settings.threads, whole, rows, MachineLoad.now())
 
 
 class _Parts:

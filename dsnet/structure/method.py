@@ -466,7 +466,7 @@ def missed(problem: StructureProblem, target: Target, madds: int) -> Iterator[st
     if abs(madds - target.madds) > TOLERANCE * target.madds:
         yield (
             f"{target.name}: {madds / 1e6:.4g} M MAdds (a share of {problem.share(madds):.4g}) are the nearest that the method "
-            f"finds to {target.madds / 1e6:.4g} M"
+            f"finds to {target.madds / 1e6:.4g} M; a smaller supernet.structure.step may come nearer"
         )
 
 
@@ -486,7 +486,7 @@ def check_different(problem: StructureProblem, members: Sequence[Subnet]) -> Non
                 else "remove one target, or use a smaller step"
             )
             raise ConfigError(
-                f"supernet.structure: {other} and {member.name} are the same sub-network, with widths "
+                f"supernet.structure: {other!r} and {member.name!r} are the same sub-network, with widths "
                 f"{list(member.widths)}: {way}"
             )
 

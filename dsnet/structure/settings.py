@@ -171,7 +171,7 @@ class StructureSettings(Settings):
         has_targets = bool(self.targets or self.targets_m)
         if self.targets and self.targets_m:
             yield (
-                "supernet.structure has targets and targets_m, which are alternatives to each other: "
+                "supernet.structure.targets_m is set beside targets, and they are alternatives to each other: "
                 "remove one of them (targets are shares of the widest's MAdds, targets_m are millions of MAdds)"
             )
         for name in ("targets", "targets_m"):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsnet.errors import NonFiniteLossError
 from dsnet.files import atomic_write_text
+from dsnet.wording import subnet_phrase
 
 UNDECLARED = "random_widths"
 """Name of the common curve of sub-networks that the set does not declare."""
@@ -137,7 +138,7 @@ class Curves:
         for (step, name, _), value in zip(rows, values, strict=True):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss of {name} is {value} at step {step}; lower supernet.train.lr (it was {at.lr:.3g} there), "
+                    f"the loss of {subnet_phrase(name)} is {value} at step {step}; lower supernet.train.lr (it was {at.lr:.3g} there), "
                     "raise supernet.train.warmup_epochs or set supernet.train.grad_clip"
                 )
         return [(step, name, value) for (step, name, _), value in zip(rows, values, strict=True)]

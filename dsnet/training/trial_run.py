@@ -26,8 +26,14 @@ from dsnet.training.supernet_run import SupernetRun
 
 MAX_STEPS = 8
 """Maximum number of timed steps, after a first one that is not timed since it is slower."""
+MIN_STEPS = 4
+"""Number of timed steps that are made even if they take longer than `MAX_SECONDS`."""
 MAX_SECONDS = 2.0
-"""Time after which no further step begins."""
+"""Time after which no further step begins, if `MIN_STEPS` are timed."""
+LONGEST_S = 15.0
+"""Time after which no further step begins, if one is timed."""
+NUM_CALLS = 3
+"""Timed calls of what is timed as a whole; no further one begins after `MAX_SECONDS`."""
 EVALUATED_IMAGES = 64
 """Images on which every sub-network is evaluated; fewer where there are many sub-networks."""
 EVALUATED_ANSWERS = 512
@@ -44,7 +50,8 @@ class TrialRun:
     num_steps: int
     """Steps that were timed."""
     step_s: float
-    """Seconds of one optimiser step, including the transfer of the images to the device."""
+    """Seconds of the fastest timed optimiser step, including the transfer of the images to the
+    device: other work on the machine makes steps slower, never faster."""
     recalibration_image_s: float
     """Seconds of recalibration per image, for all sub-networks."""
     table_image_s: float
@@ -132,8 +139,9 @@ class _StepClock:
         """Record the time; returns whether enough steps have been timed."""
         self._synchronize()
         self._times.append(time.monotonic())
-        is_late = self._times[-1] - self._times[0] > MAX_SECONDS
-        return len(self._times) > MAX_STEPS + 1 or (is_late and len(self._times) > 2)
+        num_timed, seconds = len(self._times) - 2, self._times[-1] - self._times[0]
+        is_late = seconds > MAX_SECONDS and num_timed >= MIN_STEPS
+        return num_timed >= MAX_STEPS or is_late or (seconds > LONGEST_S and num_timed >= 1)
 
     @property
     def intervals(self) -> list[float]:
@@ -143,9 +151,8 @@ class _StepClock:
 
     @property
     def step_s(self) -> float:
-        """Median seconds of a step; 0 if no step was timed."""
-        found = sorted(self.intervals)
-        return found[len(found) // 2] if found else 0.0
+        """Seconds of the fastest timed step; 0 if no step was timed."""
+        return min(self.intervals, default=0.0)
 
 
 def _few_images(subnets: SubnetSet) -> int:
@@ -174,9 +181,13 @@ def _table(supernet: Supernet, data: TensorData, run: SupernetRun, few: int) -> 
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of a few calls."""
     synchronize = waiter(torch.device(device))
-    synchronize()
-    start = time.monotonic()
-    call()
-    synchronize()
-    return max(time.monotonic() - start, math.ulp(1.0))
+    found: list[float] = []
+    while len(found) < NUM_CALLS and sum(found) < MAX_SECONDS:
+        synchronize()
+        start = time.monotonic()
+        call()
+        synchronize()
+        found.append(time.monotonic() - start)
+    return max(min(found), math.ulp(1.0))

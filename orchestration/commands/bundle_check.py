@@ -3,7 +3,6 @@ data."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,11 @@ from dsnet.data.splits import make_splits
 from dsnet.data.tensors import TensorData
 from dsnet.deploy.bundle import Bundle, check_bundle_examples, check_bundle_files, load_bundle, score_bundle
 from dsnet.deploy.engines import TORCH
+from dsnet.deploy.exporters import CheckedExporter, exporters
+from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.errors import DataError, NotFoundError, VerificationError
 from dsnet.space.cost import subnet_cost
+from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.loading import load_config
 from orchestration.results.exported import outdated_part
 from orchestration.runs.folder import RunDir
@@ -63,9 +65,21 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     num_examples = max([check_bundle_examples(each) for each in loaded])
     engines = [each.engine for each in loaded]
     checks.append(Check("examples", _examples_finding(num_examples, len(bundle.operating_points), engines)))
+    checks += _check_formats(path)
     checks += _check_origin(bundle)
     if data_path is not None:
         checks += _check_claims(bundle, data_path)
+    return checks
+
+
+def _check_formats(path: Path) -> list[Check]:
+    """Run the examples with the files of every other format that the bundle has; `onnx` is among
+    the engines."""
+    checks = []
+    for name, exporter in exporters().items():
+        if name != ONNX and isinstance(exporter, CheckedExporter) and (path / name).is_dir():
+            number = exporter.check(path, path / name)
+            checks.append(Check(name, f"{number} stored images give the recorded routes and logits"))
     return checks
 
 
@@ -105,12 +119,14 @@ def _check_origin(bundle: Bundle) -> list[Check]:
     folder = _run_around(bundle.path)
     if folder is None:
         return []
-    part = outdated_part(results_at(RunDir(folder.parent, folder.name)), bundle.manifest)
+    results = results_at(RunDir(folder.parent, folder.name))
+    part = outdated_part(results, bundle.manifest)
     if part is None:
         return []
+    again = command_line("export", folder, "--pick", "...", own_code=has_own_code(results.config))
     text = (
         f"{folder} has another {part} now; the bundle was made before the run was launched with other settings, and is not "
-        f"among its present results. Export again with: dsnet-orch export {shlex.quote(str(folder))} --pick ..."
+        f"among its present results. Export again with: {again}"
     )
     return [Check("run", text, is_warning=True)]
 

@@ -254,7 +254,10 @@ def _supernet_lines(seen: Seen, network: Network) -> Iterator[str]:
         yield f"    {key}: {json.dumps(value) if not isinstance(value, str) else value}    # {_OPTION_COMMENTS[key]}"
     if network.targets:
         yield "  structure:"
-        yield "    method: uniform    # one ratio for all layers | greedy: searches for the width of each layer, which takes longer"
+        yield (
+            "    method: uniform    # one ratio for all layers; widths of each layer are searched for by: multi_base, greedy, progressive "
+            "(docs/your-network.md)"
+        )
         yield f"    targets: {json.dumps(network.targets)}    # MAdds of the sub-networks as shares of the network's own"
         if network.init_from is not None:
             yield "    order: weight_l1    # narrow sub-networks keep the channels with the largest weights; none: the first ones"

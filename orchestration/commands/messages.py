@@ -1,4 +1,4 @@
-"""Warnings on stderr."""
+"""Errors and warnings on stderr."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from orchestration.wrapping import wrapped
 
 
 def warn(text: str) -> None:
-    """Write a warning to stderr (stdout is for data), wrapped between words at the width of the
-    terminal."""
+    """Write a warning to stderr."""
+    complain(f"warning: {text}")
+
+
+def complain(text: str) -> None:
+    """Write a message to stderr (stdout is for data), wrapped between words at the width of the
+    terminal; what is no terminal gets each of its lines whole."""
     console = Console(stderr=True, highlight=False)
-    for line in wrapped(f"warning: {text}", console.width if console.is_terminal else None):
-        console.print(line, markup=False, soft_wrap=True)
+    width = console.width if console.is_terminal else None
+    for line in text.splitlines():
+        for part in wrapped(line, width):
+            console.print(part, markup=False, soft_wrap=True)

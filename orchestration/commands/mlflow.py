@@ -1,20 +1,23 @@
-"""Commands about MLflow: write a run to it again, and find the pages with the points of runs."""
+"""Commands about MLflow: write a run or new bundles to it, and find the pages with the points of
+runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsnet.errors import NotFoundError, PreflightError
 from dsnet.wording import plural
+from orchestration.config.export import registered_name
 from orchestration.results.protocol import Results
 from orchestration.runs.folder import MLFLOW_DATABASE, mlflow_artifact_root, mlflow_store_uri
 from orchestration.runs.lock import DriverLock
 from orchestration.supernets.results import SupernetSweepResults
-from orchestration.supernets.tracking import TreeTrackers, replay_sweep
+from orchestration.supernets.tracking import TreeTrackers, replay_sweep, row_of
 from orchestration.tracking.database import is_server
 from orchestration.tracking.links import Link, certain_link, newest_links
-from orchestration.tracking.rows import store_uri, whole_sweep
+from orchestration.tracking.rows import make_tracker, store_uri, whole_sweep, write_bundles
 
 SYNC_TIMEOUT_S = 600.0
 
@@ -52,6 +55,58 @@ def sync_again(results: Results) -> str:
         raise PreflightError(f"{plural(num_unsent, 'write')} to {uri} failed: {first}")
     several = "" if "" in results.supernets else f" of {plural(len(results.supernets), 'supernet')}"
     return f"{run.name}: {plural(results.num_trials, 'trial')}{several} stored in {uri}"
+
+
+class BundleLog:
+    """Makes the bundles of an export logged models of its run, where the run is tracked.
+
+    Args:
+        results: results of the run.
+        register: name of a registered model of which each bundle becomes a version; None = as
+            `export.register_as` says.
+
+    Raises:
+        ConfigError: the name is not allowed.
+        PreflightError: there is a name, but tracking is off.
+    """
+
+    def __init__(self, results: Results, register: str | None) -> None:
+        self._results = results
+        self._register = results.config.export.register_as if register is None else registered_name(register)
+        if register is not None and not results.config.tracking.mlflow:
+            raise PreflightError(
+                f"--register {register}: run {results.run.name!r} was made with tracking.mlflow: false; launch it with "
+                "--set tracking.mlflow=true"
+            )
+
+    def write(self, paths: Sequence[Path], folder: Path | None) -> str | None:
+        """Log bundles; returns a warning if the store does not take all of them.
+
+        Bundles outside the run folder are logged only if they are to be registered: MLflow holds
+        what `sync` can write again from the run folder.
+
+        Args:
+            paths: the bundles' folders.
+            folder: the folder to which they were exported; None = that of the run.
+        """
+        if folder is not None and self._register is None:
+            return None
+        results = self._results
+        tracker = make_tracker(results.config, results.run, warn=_said_below)
+        row = row_of(results)
+        tracker.attach(row)
+        write_bundles(tracker, paths, folder or results.run.export_dir, self._register)
+        summary = tracker.close(row.status, row.end_ms or row.start_ms, SYNC_TIMEOUT_S)
+        if not summary.num_unsent:
+            return None
+        return (
+            f"the bundles are complete, but MLflow at {store_uri(results.config, results.run)} did not take all of them "
+            f"({summary.first_error}); repeat this export to log them"
+        )
+
+
+def _said_below(_: str) -> None:
+    """Omit the tracker's own warning, which names another way out."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsnet.space.spec import ChannelGroup, SupernetSpec
 from dsnet.wording import duration, plural, size
 from orchestration.commands.tables import Column, show_table, terminal_width
-from orchestration.commands.terminal import print_json, say
+from orchestration.commands.terminal import print_json, say, tell
 from orchestration.config.resolve import (
     enqueued_points,
     resolve_cohort,
@@ -186,8 +186,8 @@ def _show_subnets(plan: SweepPlan, everything: bool) -> None:
     show_table(columns, [(name, f"{madds:.4g}", f"{params:.4g}") for name, madds, params in routes], rest="")
     if len(routes) < len(plan.routes):
         say(f"... and {len(plan.routes) - len(routes)} more; --all shows all of them")
-    for line in wrapped(_about_subnets(plan), terminal_width()):
-        say(line)
+    if about := _about_subnets(plan):
+        tell(about)
 
 
 def _about_subnets(plan: SweepPlan) -> str:
@@ -229,7 +229,7 @@ def _show_groups(spec: SupernetSpec, everything: bool) -> None:
         rest="",
     )
     if num_pinned:
-        say(
+        tell(
             f"{num_pinned} of {plural(len(spec.groups), 'channel group')} are pinned: every sub-network has all their channels"
         )
 
@@ -261,7 +261,7 @@ def _show_places(facts: SupernetFacts, everything: bool) -> None:
     show_table(columns, rows, rest="")
     if len(shown) < len(places):
         say(f"... and {len(places) - len(shown)} more; --all shows all of them")
-    say("supernet.options.gates takes these names; MAdds are those of the widest sub-network")
+    tell("supernet.options.gates takes these names; MAdds are those of the widest sub-network")
 
 
 def _show_stages(plan: SweepPlan) -> None:

@@ -12,6 +12,7 @@ from dsnet.deploy.bundle import load_bundle
 from dsnet.deploy.prediction import PhotoPrediction
 from dsnet.errors import DataError, NotFoundError
 from dsnet.wording import plural
+from orchestration.commands.messages import complain
 from orchestration.commands.tables import Column, show_table
 from orchestration.commands.terminal import percent, print_json
 
@@ -67,7 +68,7 @@ def predict_files(
     elif answers:
         show_table(COLUMNS, list(map(_row, answers)))
     for _, error in unreadable:
-        click.echo(f"error: {error}", err=True)
+        complain(f"error: {error}")
     if not unreadable:
         return 0
     click.echo(f"{plural(len(unreadable), 'photo')} could not be read; {len(answers)} classified", err=True)

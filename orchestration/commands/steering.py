@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from optuna.distributions import FloatDistribution
 from dsnet.errors import ConfigError, NotFoundError
 from dsnet.families import family_names
 from dsnet.wording import plural, shown
+from orchestration.config.command_lines import command_line, has_own_code, launch_command
 from orchestration.config.loading import load_config
 from orchestration.config.resolve import resolve_trials
 from orchestration.config.sweep import SweepConfig
@@ -51,7 +53,7 @@ def extended(results: Results, trials: str, overrides: Sequence[str] = ()) -> Sw
     if wanted <= budget:
         raise ConfigError(
             f"--trials {trials}: run {run.name!r} already has a budget of {plural(budget, 'trial')}, and extend only raises it; "
-            f"write --trials +N, or continue without a change with: dsnet-orch launch {run.sweep_yaml}"
+            f"write --trials +N, or continue without a change with: {launch_command(results.config, run.sweep_yaml)}"
         )
     for text in overrides:
         if text.partition("=")[0].strip() == "budget.trials":
@@ -92,8 +94,8 @@ def _is_the_same_rule(end: str, budget: BudgetConfig, before: BudgetConfig) -> b
 
 
 _END_WAYS = {
-    "plateau": f"add {RULE_OFF['plateau']}, or another rule",
-    "target": f"add {RULE_OFF['target']}, or another target",
+    "plateau": f"add {shlex.join(RULE_OFF['plateau'])}, or another rule",
+    "target": f"add {shlex.join(RULE_OFF['target'])}, or another target",
     "space": "the sampler has no further points",
 }
 
@@ -216,8 +218,9 @@ def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
     run, what = results.run, "it is" if number == 1 else "they are"
     budget = resolve_trials(results.config)
     left = budget - len(results.records)
-    rule_off = RULE_OFF.get(results.search_end or "", "")
-    extend = f"dsnet-orch extend {run.path} --trials +{num_waiting} {rule_off}".rstrip()
+    rule_off = RULE_OFF.get(results.search_end or "", ())
+    own_code = has_own_code(results.config)
+    extend = command_line("extend", run.path, "--trials", f"+{num_waiting}", *rule_off, own_code=own_code)
     holder = read_lock(run.lock_path)
     if left <= 0:
         return f"the budget of {plural(budget, 'trial')} is used up; {what} tried after: {extend}"
@@ -229,4 +232,4 @@ def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
             f"the search ended by its own rule (budget.{results.search_end}); {what} tried after this command, which "
             f"removes the rule: {extend}"
         )
-    return f"{what} tried in the next launch: dsnet-orch launch {run.sweep_yaml}{short}"
+    return f"{what} tried in the next launch: {launch_command(results.config, run.sweep_yaml)}{short}"

@@ -11,6 +11,7 @@ from dsnet.wording import plural
 from orchestration.commands.plan_view import forecast_text, say_row, show_data, show_settings
 from orchestration.commands.tables import Column
 from orchestration.commands.terminal import (
+    INDENT,
     driver_text,
     front_rows,
     is_running,
@@ -27,6 +28,7 @@ from orchestration.commands.terminal import (
     show_table,
     tell,
 )
+from orchestration.config.command_lines import launch_command
 from orchestration.progress import json_state, read_task_state
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
@@ -106,10 +108,11 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
         )
         return
     further = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
-    columns = ("supernet", "gate", "router", "top-1\u00a0% val", "top-1\u00a0% test [95\u00a0%]", "MAdds M", *further)
+    numbers = ("top-1\u00a0% val", "top-1\u00a0% test [95\u00a0%]", "MAdds M val", *(f"{name} val" for name in further))
+    columns = ("supernet", "gate", "router", *numbers)
     lines = [
         (
-            row["supernet"],
+            results.entry(row["supernet"]).label,
             trial_name(row["slot"]),
             row["router"],
             percent(row["val"]["top1"]),
@@ -168,7 +171,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         print_json(content)
         return
     say(f"run       {results.run.path}")
-    say(f"driver    {driver or 'none'}")
+    tell(f"driver    {driver or 'none'}", INDENT)
     say_progress(results.run, is_finished=results.is_verified)
     lines = [
         (item["name"], item["told"], item["state"], item["epochs"], str(item["trials"]), str(item["front"]))
@@ -177,8 +180,9 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
     settings = Column("settings", is_text=True, wraps=True)
     show_table(("supernet", settings, "state", "epochs", "trials", "on the front"), lines, num_left=3)
     for item in members:
+        label = results.entry(item["name"]).label
         if item["reason"]:
-            tell(f"{item['name']} {item['state']}: {item['reason']}")
+            tell(f"{label} {item['state']}: {item['reason']}")
     say(f"trials    {results.num_trials} finished; {results.config.budget.trials} for each trained supernet")
     say(f"front     {plural(len(results.front_gates), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
     for whose, warning in sweep_warnings(results):
@@ -188,7 +192,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if not results.is_verified and not is_running(results.run):
-        say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+        say(f"continue  {launch_command(results.config, results.run.sweep_yaml)}")
 
 
 def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from rich.console import Console
 
 from dsnet.data.settings import PHOTOS
 from dsnet.data.splits import FEW_IMAGES
+from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.measure.latency import latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import find_metric
 from dsnet.wording import duration, plural, signed
 from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
+from orchestration.config.command_lines import command_line, has_own_network, launch_command
 from orchestration.progress import json_state, read_task_state
 from orchestration.runs.folder import MLFLOW_DATABASE, RunDir
 from orchestration.runs.lock import read_lock
@@ -160,12 +162,13 @@ def show_launch(results: RunResults, bundles: Sequence[Path]) -> None:
 
 def say_places(results: Results, bundles: Sequence[Path]) -> None:
     """Print the paths of report, bundles and points of a run, and how to open them."""
-    run = results.run
+    run, own_code = results.run, has_own_network(results.config)
+    python = f"python, with {ALLOW_IMPORTS}=1" if own_code else "python"
     say(f"report    {run.report_html}   (open it in a browser; it works offline)")
     for bundle in bundles:
-        say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
+        say(f'bundle    {bundle}   ({python}: dsnet.load_bundle("{bundle}"))')
     if bundles and results.config.data.name in PHOTOS:
-        say(f"photos    dsnet-orch predict {shlex.quote(str(bundles[0]))} PHOTO...")
+        say(f"photos    {command_line('predict', bundles[0], 'PHOTO...', own_code=own_code)}")
     say(f"points    {run.points_parquet}")
 
 
@@ -174,7 +177,7 @@ def say_mlflow(results: Results) -> None:
     tracking, run = results.config.tracking, results.run
     if tracking.mlflow:
         is_on_server = tracking.uri is not None and is_server(tracking.uri)
-        how = "open it in a browser" if is_on_server else f"open: dsnet-orch ui {shlex.quote(str(run.path))}"
+        how = "open it in a browser" if is_on_server else f"open: {command_line('ui', run.path)}"
         say(f"mlflow    {tracking.uri or run.root / MLFLOW_DATABASE}   ({how})")
 
 
@@ -276,9 +279,7 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
     if not rows:
         say(title)
         if not results.records:
-            tell(
-                f"no trial has finished yet; continue with: dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}"
-            )
+            tell(f"no trial has finished yet; continue with: {launch_command(results.config, results.run.sweep_yaml)}")
         return
     show_table(("gate", "router", "top-1\u00a0% val", "MAdds M", *further), lines, title, num_left=2)
 
@@ -525,7 +526,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         print_json(content)
         return
     say(f"run       {results.run.path}")
-    say(f"driver    {driver or 'none'}")
+    tell(f"driver    {driver or 'none'}", INDENT)
     say_progress(results.run, is_finished=results.verified is not None)
     show_table(
         ("stage", "status", "time"),
@@ -551,7 +552,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         say_places(results, [path for path in (results.run.knee_bundle,) if path.exists()])
         say_mlflow(results)
     elif not is_driven:
-        say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+        say(f"continue  {launch_command(results.config, results.run.sweep_yaml)}")
 
 
 def driver_text(run: RunDir) -> str | None:

@@ -115,7 +115,7 @@ def load_source_text(
     if problems or config is None:
         raise ConfigError("\n".join(str(problem) for problem in _in_file_order(problems)))
     origins = _origins(config, stack)
-    warnings = [*config_warnings(config), *_unused_settings(config, origins)]
+    warnings = [*stack.notices, *config_warnings(config), *_unused_settings(config, origins)]
     return LoadedConfig(config, origins, tuple(presets), tuple(warnings))
 
 
@@ -250,10 +250,12 @@ class _Stack:
     it."""
     layers: list[_Layer]
     """The layers in the order in which they were laid."""
+    notices: list[str]
+    """Warnings about settings of the file that a later layer has removed."""
 
     @classmethod
     def of(cls, layers: Sequence[_Layer]) -> _Stack:
-        stack = cls({}, {(): layers[0]}, [])
+        stack = cls({}, {(): layers[0]}, [], [])
         if "space" not in layers[0].settings:  # so that a preset or --set changes the default space, not replaces it
             stack.settings["space"] = default_space([layer.settings for layer in layers])
         for layer in layers:
@@ -274,7 +276,13 @@ class _Stack:
                 continue
             if "options" in below and name in above and above[name] != below.get(name):
                 self._disown((section, "options"))
-                del below["options"]
+                options = below.pop("options")
+                if isinstance(options, Mapping) and options and "options" not in above:
+                    dropped = ", ".join(f"{section}.options.{key}" for key in options)
+                    self.notices.append(
+                        f"{layer.origin_label} sets {section}.{name} to {above[name]}; the options of {below.get(name)} are "
+                        f"left out: {dropped}"
+                    )
 
     def _merge(self, below: dict[str, Any], above: Mapping[str, Any], path: KeyPath, layer: _Layer) -> None:
         for key, value in above.items():

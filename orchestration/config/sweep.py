@@ -128,6 +128,7 @@ class SweepConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> SweepConfig:
         problems = [*entry_problems(self.space), *_metric_problems(self)]
+        problems += _tracking_problems(self)
         if not problems:
             problems += cycle_problems(self.space)
         if not problems:
@@ -270,6 +271,13 @@ def _pick_problems(config: SweepConfig) -> Iterator[BrokenRule]:
             parse_pick(text, metrics=metric_names(config))
         except ConfigError as error:
             yield BrokenRule(("export", "picks", index), str(error))
+
+
+def _tracking_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    if config.export.register_as is not None and not config.tracking.mlflow:
+        path: KeyPath = ("export", "register_as")
+        message = "a model is registered in MLflow, but tracking.mlflow is false; set it to true, or this to null"
+        yield BrokenRule(path, message, (("tracking", "mlflow"),))
 
 
 def _longest_training(config: SweepConfig) -> int | None:

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, BundleContents, save_bundle
-from dsnet.deploy.exporters import BUNDLE, exporters
+from dsnet.deploy.exporters import BUNDLE, CheckedExporter, exporters
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints
 from dsnet.dotted import nest
 from dsnet.errors import NotFoundError
@@ -260,7 +260,10 @@ def write_formats(bundle: Path, formats: Sequence[str]) -> None:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         try:
-            exporters()[name].write(bundle, new)
+            exporter = exporters()[name]
+            exporter.write(bundle, new)
+            if isinstance(exporter, CheckedExporter):
+                exporter.check(bundle, new)
             shutil.rmtree(final, ignore_errors=True)
             new.replace(final)
         finally:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from dsnet.data.splits import SPLIT_NAMES
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
 from dsnet.files import atomic_write_text
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
+from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.sweep import SweepConfig
 from orchestration.config.written import to_yaml
 from orchestration.pipeline.context import Launch
@@ -40,12 +42,14 @@ from orchestration.runs.stages import StagePlan, plan_stages
 from orchestration.tracking.protocol import Status, Tracker
 from orchestration.tracking.rows import (
     Standing,
+    data_rows,
     make_tracker,
     stage_uid,
     store_uri,
     sweep_end_ms,
     sweep_row,
     write_artifacts,
+    write_bundles,
     write_front,
     write_overview,
     write_subnets,
@@ -115,7 +119,18 @@ def write_facts(prepared: Prepared, run: RunDir) -> Manifest:
     manifest = Manifest(run.manifest_path)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     manifest.create(seed=prepared.config.seed, hardware=describe_hardware(gpu))
-    manifest.update(data_hashes={"images": prepared.image_set.fingerprint, "splits": prepared.splits.hash})
+    images, splits = prepared.image_set, prepared.splits
+    manifest.update(
+        data_hashes={"images": images.fingerprint, "splits": splits.hash},
+        data={
+            "name": images.name,
+            "path": prepared.config.data.path,
+            "fingerprint": prepared.fingerprint,
+            "image_shape": list(images.image_shape),
+            "num_classes": len(images.class_names),
+            "num_images": {name: len(splits[name]) for name in SPLIT_NAMES},
+        },
+    )
     atomic_write_text(run.sweep_yaml, to_yaml(prepared.config))
     write_splits(run.splits_json, prepared.splits)
     return manifest
@@ -164,7 +179,7 @@ def closing_tracker(
         summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
         if summary.num_unsent:
             progress.warn(
-                f"{plural(summary.num_unsent, 'write')} to MLflow failed; repeat them later with: dsnet-orch sync {run.path}"
+                f"{plural(summary.num_unsent, 'write')} to MLflow failed; repeat them later with: {command_line('sync', run.path)}"
             )
 
 
@@ -172,7 +187,9 @@ def _run_stages(work: Launch) -> LaunchResult:
     config, run = work.config, work.run
     plans = stage_plans(work)
     _say_what_runs_again(work, plans)
-    work.tracker.parent(sweep_row(work.manifest.read(), run, config))
+    manifest = work.manifest.read()
+    work.tracker.parent(sweep_row(manifest, run, config))
+    work.tracker.datasets(data_rows(manifest))
     prepared = work.prepared
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     supersede_others(work, plans)
@@ -251,9 +268,10 @@ def _nothing_feasible(results: RunResults) -> str:
         name for record in results.records for name, value in record.constraints.items() if value > 0
     ).most_common(1)
     name, count = broken[0] if broken else ("being best at a rung", len(results.pruned))
+    extend = command_line("extend", results.run.name, "--trials", "+N", own_code=has_own_code(results.config))
     return (
         f"none of {plural(len(results.records), 'trial')} is feasible; {count} violate {name}. Relax it, run more trials "
-        f"(dsnet-orch extend {results.run.name} --trials +N), or enqueue a point that should satisfy it"
+        f"({extend}), or enqueue a point that should satisfy it"
     )
 
 
@@ -261,7 +279,9 @@ def _finish(work: Launch) -> LaunchResult:
     """Write points, report, bundles and MLflow rows, all derived from the results of the stages."""
     results = work.results
     write_outputs(work, work.prepared.notes(), Standing.of(results))
-    bundles = export_picks(work.prepared, results, work.config.export.picks, work.run.export_dir)
+    export, folder = work.config.export, work.run.export_dir
+    bundles = export_picks(work.prepared, results, export.picks, folder)
+    write_bundles(work.tracker, bundles, folder, export.register_as)
     return LaunchResult(results, tuple(bundles))
 
 

@@ -12,6 +12,7 @@ from dsnet.files import atomic_write_json
 from dsnet.measure.evaluate import TRAIN_SAMPLE_FILE, build_routing_table, measure_subnets, sample_training_images
 from dsnet.measure.latency import latency_file, measure_latency
 from dsnet.network.supernet import Supernet
+from dsnet.wording import subnet_phrase
 from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import latency_settings
 from orchestration.progress import Task
@@ -57,7 +58,7 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
     results = work.results
     write_subnets(work.tracker, results)
     widest = results.widest
-    found = f"{widest.name} (widest) has top-1 {100 * widest.top1:.1f} % on val at {widest.madds / 1e6:.3g} M MAdds"
+    found = f"{subnet_phrase(widest.name)} (widest) has top-1 {100 * widest.top1:.1f} % on val at {widest.madds / 1e6:.3g} M MAdds"
     work.progress.say(f"measure: {len(subnets)} sub-networks, {found}")
 
 

@@ -24,6 +24,7 @@ from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
+from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.resolve import (
     constraint_set,
     enqueued_points,
@@ -59,8 +60,8 @@ from search.suggest.space import parse_space
 
 FOUND_ENOUGH = ("plateau", "target", "space")
 """Reasons for which a search ends for good although the budget has trials left."""
-RULE_OFF = {"plateau": "--set budget.plateau=null", "target": "--set 'budget.target=[]'"}
-"""Option that removes a stop rule, by the reason for which the rule ends a search."""
+RULE_OFF = {"plateau": ("--set", "budget.plateau=null"), "target": ("--set", "budget.target=[]")}
+"""Option and value that remove a stop rule, by the reason for which the rule ends a search."""
 
 
 def trials_left(run: RunDir, plan: StagePlan, config: SweepConfig) -> int:
@@ -142,7 +143,9 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
         if result.stop_reason in _END_SENTENCES:
             told = f"{_END_SENTENCES[result.stop_reason]} after {plural(len(result.records), 'trial')}"
             if len(result.records) == num_finished and result.stop_reason in RULE_OFF:
-                told += f"; to add trials, use: dsnet-orch extend RUN --trials +N {RULE_OFF[result.stop_reason]}"
+                more = ("--trials", "+N", *RULE_OFF[result.stop_reason])
+                extend = command_line("extend", "RUN", *more, own_code=has_own_code(config))
+                told += f"; to add trials, use: {extend}"
             work.progress.say(f"search: {told}")
         return [run.study_journal(plan.key)]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.wording import duration
+from dsnet.wording import duration, subnet_phrase
 from orchestration.config.resolve import resolve_threads
 from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import StartPoint
@@ -81,5 +81,5 @@ def _start_sentence(start: StartPoint) -> str:
 def _losses(point: CurvePoint, names: Sequence[str]) -> str:
     """The newest losses of the named sub-networks as text; empty if none is known."""
     losses = {name: point.metrics.get(f"loss/{name}") for name in names}
-    known = [f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None]
-    return f"loss: {', '.join(known)}" if known else ""
+    known = [f"{loss:.3f} ({subnet_phrase(name)})" for name, loss in losses.items() if loss is not None]
+    return f"loss {', '.join(known)}" if known else ""

@@ -24,7 +24,7 @@ from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
 from dsnet.files import atomic_write_text, read_json
 from dsnet.gates.problem import check_choice
-from dsnet.measure.settings import DeviceSettings, LatencySettings
+from dsnet.measure.settings import MAIN_DEVICE, DeviceSettings, LatencySettings
 from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
 from dsnet.space.cost import subnet_cost
@@ -232,7 +232,7 @@ class Prepared:
         notes = []
         if min(num_val, num_test) < 1000:
             notes.append(
-                f"Smoke result: {num_val} images in val and {num_test} in test, so that one image is "
+                f"Few images: {num_val} in val and {num_test} in test, so that one image is "
                 f"{100 / min(num_val, num_test):.2f} points of accuracy."
             )
         return tuple(notes)
@@ -500,6 +500,22 @@ def latency_settings(config: SweepConfig) -> dict[str, LatencySettings]:
     measure = config.measure
     devices = {name: DeviceSettings(**own.model_dump()) for name, own in measure.devices.items()}
     return LatencySettings(**{**measure.model_dump(), "devices": devices}).by_device(resolve_device)
+
+
+def other_latency_settings(config: SweepConfig, **given: Any) -> LatencySettings:
+    """The settings of the main device with another device, number of threads or engine.
+
+    Args:
+        config: the sweep.
+        given: `device`, `threads`, `engine`; None keeps the setting of the sweep.
+
+    Raises:
+        PreflightError: the device is not there.
+        ConfigError: an impossible setting, or the package of the engine is not installed.
+    """
+    own = {name: value for name, value in given.items() if value is not None}
+    settings = LatencySettings(**{**config.measure.model_dump(), "devices": {}, **own})
+    return settings.by_device(resolve_device)[MAIN_DEVICE]
 
 
 def stage_definitions(prepared: Prepared) -> list[StageDefinition]:

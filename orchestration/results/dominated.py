@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsnet.metrics import find_metric
+from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.resolve import constraint_set
 from orchestration.results.gate_id import GateId
 from orchestration.results.protocol import Results
@@ -70,10 +70,12 @@ def dominated_gates(results: Results) -> tuple[DominatedGate, ...]:
 
 def dominated_warnings(results: Results) -> tuple[str, ...]:
     """A sentence about each dominated gate, with the ways out; without the full stop."""
-    run = shlex.quote(str(results.run.path))
+    run, own_code = results.run.path, has_own_code(results.config)
+    export = command_line("export", run, "--pick", "members", own_code=own_code)
+    extend = command_line("extend", run, "--trials", "+N", own_code=own_code)
     return tuple(
-        f"{gate}; export the static sub-networks instead (dsnet-orch export {run} --pick members), or train the supernet "
-        f"longer (supernet.train.epochs) and give the search more trials (dsnet-orch extend {run} --trials +N)"
+        f"{gate}; export the static sub-networks instead ({export}), or train the supernet longer (supernet.train.epochs) "
+        f"and give the search more trials ({extend})"
         for gate in dominated_gates(results)
     )
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
-from dsnet.deploy.bundle import MANIFEST
+from dsnet.deploy.layout import MANIFEST
 from dsnet.files import read_json
+from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
-from orchestration.runs.folder import KEY_CHARACTERS
+from orchestration.runs.folder import KEY_CHARACTERS, RunDir
 
 ORIGIN = "made_from"
 """Name of the claim that says from which results of a run a bundle was made."""
@@ -22,15 +22,17 @@ def origin_claim(results: RunResults, *, is_gate: bool) -> dict[str, str]:
     return {stage: str(results.stage_key(stage))[:KEY_CHARACTERS] for stage in stages}
 
 
+def exported_bundles(run: RunDir) -> list[Path]:
+    """The folders of the bundles in a run's folder of exports, sorted."""
+    found = (path.parent for path in run.export_dir.rglob(MANIFEST))
+    # Neither the link to the knee's bundle nor a draft that a killed export left.
+    return sorted(path for path in found if not path.is_symlink() and not path.name.startswith("."))
+
+
 def outdated_bundles(results: Results) -> list[Path]:
     """The bundles in the run's export folder that were made from another supernet, or from another
     search, than the run has now; sorted."""
-    folder = results.run.export_dir
-    depth = ("*", "*/*")  # in a sweep of supernets the bundles lie in a folder for each
-    found = [path.parent for pattern in depth for path in folder.glob(f"{pattern}/{MANIFEST}")]
-    return sorted(
-        path for path in found if not path.is_symlink() and outdated_part(results, read_json(path / MANIFEST))
-    )
+    return [path for path in exported_bundles(results.run) if outdated_part(results, read_json(path / MANIFEST))]
 
 
 def outdated_part(results: Results, manifest: Any) -> str | None:
@@ -66,9 +68,8 @@ def outdated_warning(results: Results) -> str | None:
     if not paths:
         return None
     names = ", ".join(path.relative_to(results.run.export_dir).as_posix() for path in paths)
-    run = shlex.quote(str(results.run.path))
+    again = command_line("export", results.run.path, "--pick", "...", own_code=has_own_code(results.config))
     return (
         f"the supernet or the search of this run has changed since these bundles in {results.run.export_dir} were exported: "
-        f"{names}; they still have the accuracy that they claim; remove them, or export again with: "
-        f"dsnet-orch export {run} --pick ..."
+        f"{names}; they still have the accuracy that they claim; remove them, or export again with: {again}"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -37,6 +36,7 @@ from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.wording import plural
+from orchestration.config.command_lines import command_line, has_own_code, has_own_network, launch_command
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.dominated import allowed_static, dominated_warnings
 from orchestration.results.run import RunResults
@@ -108,14 +108,16 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
 
 def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
     """(what it does, command) pairs for working with the run from any folder."""
-    run, config = results.run, results.config
-    sweep, path = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path))
+    run, own_code = results.run, has_own_code(results.config)
     return (
-        ("Continue this run", f"dsnet-orch launch {sweep}"),
-        ("Show the front on the terminal", f"dsnet-orch pareto {path}"),
-        ("Export the gates on the front as bundles", f"dsnet-orch export {path} --pick all"),
-        *bundle_commands(run, config),
-        ("Browse the results in MLflow", f"dsnet-orch ui {path}"),
+        ("Continue this run", launch_command(results.config, run.sweep_yaml)),
+        ("Show the front on the terminal", command_line("pareto", run.path)),
+        (
+            "Export the gates on the front as bundles",
+            command_line("export", run.path, "--pick", "all", own_code=own_code),
+        ),
+        *bundle_commands(run, results.config),
+        ("Browse the results in MLflow", command_line("ui", run.path)),
     )
 
 
@@ -124,9 +126,12 @@ def bundle_commands(run: RunDir, config: SweepConfig) -> tuple[tuple[str, str], 
     export it."""
     if not {"knee", "all"} & set(config.export.picks):
         return ()
-    bundle = shlex.quote(str(run.knee_bundle))
-    photos = ("Classify photos with the bundle of the knee", f"dsnet-orch predict {bundle} PHOTO...")
-    serve = ("Answer HTTP requests with the bundle of the knee", f"dsnet-orch serve {bundle}")
+    bundle, own_code = run.knee_bundle, has_own_network(config)
+    photos = (
+        "Classify photos with the bundle of the knee",
+        command_line("predict", bundle, "PHOTO...", own_code=own_code),
+    )
+    serve = ("Answer HTTP requests with the bundle of the knee", command_line("serve", bundle, own_code=own_code))
     return (photos, serve) if config.data.name in PHOTOS else (serve,)
 
 
@@ -154,7 +159,7 @@ def timing_doubt(results: RunResults) -> str | None:
         return None
     return (
         f"the latencies are unreliable, because the machine was busy or its times varied ({noise}); "
-        f"measure again on an idle machine: dsnet-orch measure {shlex.quote(str(results.run.path))}"
+        f"measure again on an idle machine: {command_line('measure', results.run.path, own_code=has_own_code(results.config))}"
     )
 
 
@@ -234,7 +239,8 @@ def draw_front(results: RunResults, path: Path) -> Path:
     info = front_info(results)
     if info is None:
         raise NotFoundError(
-            f"run {results.run.name!r} has no front yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+            f"run {results.run.name!r} has no front yet; continue it with: "
+            f"{launch_command(results.config, results.run.sweep_yaml)}"
         )
     return write_figure(front_figure(info), path)
 
@@ -250,7 +256,8 @@ def draw_routers(results: RunResults, path: Path) -> Path:
     info = routers_of(results)
     if info is None:
         raise NotFoundError(
-            f"run {results.run.name!r} has not been verified yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+            f"run {results.run.name!r} has not been verified yet; continue it with: "
+            f"{launch_command(results.config, results.run.sweep_yaml)}"
         )
     return write_figure(routers_figure(info), path)
 

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dsnet.errors import CheckpointError, NotFoundError
+from dsnet.errors import CheckpointError, ConfigError, NotFoundError
 from dsnet.files import read_json
 from dsnet.measure.latency import BatchClock, LatencyTable, device_of, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
@@ -24,7 +24,8 @@ from dsnet.routing.table_routing import static_run
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
-from orchestration.config.export import gate_picks
+from orchestration.config.command_lines import launch_command
+from orchestration.config.export import check_pick, gate_picks
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.reach import Range, metric_ranges
@@ -109,7 +110,8 @@ class RunResults:
         key = self.stage_key(stage)
         if key is None or not self.is_done(stage):
             raise NotFoundError(
-                f"run {self.run.name!r} has not finished its {stage} stage; continue it with: dsnet-orch launch {self.run.sweep_yaml}"
+                f"run {self.run.name!r} has not finished its {stage} stage; continue it with: "
+                f"{launch_command(self.config, self.run.sweep_yaml)}"
             )
         return key
 
@@ -506,10 +508,23 @@ def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
     for text in picks:
         pick = parse_pick(text)
         if pick.kind == "name":
+            refuse_unreadable(text)
             refuse_unusable(text, [record for record in results.records if trial_name(record.slot) == pick.name])
         chosen = apply_pick(pick, pickable(pick, rows, on_front), objectives)
         slots += [int(row["slot"]) for row in chosen if row["slot"] not in slots]
     return slots
+
+
+def refuse_unreadable(pick: str) -> None:
+    """Raise if a pick is neither a keyword nor the name of a trial.
+
+    Raises:
+        ConfigError: the message lists the keywords.
+    """
+    try:
+        check_pick(pick)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:

@@ -27,14 +27,19 @@ class TrainingCost:
     """Training of the supernet."""
 
     @property
+    def choice(self) -> float:
+        """What the choice of the sub-networks has cost."""
+        return self.bases + self.search
+
+    @property
     def total(self) -> float:
         """Everything together."""
-        return self.bases + self.search + self.joint
+        return self.choice + self.joint
 
     def __str__(self) -> str:
-        if not self.bases + self.search:
+        if not self.choice:
             return f"{prefixed(self.total)}MAdds"
-        return f"{prefixed(self.total)}MAdds ({prefixed(self.bases + self.search)}MAdds of them to choose sub-networks)"
+        return f"{prefixed(self.total)}MAdds ({prefixed(self.choice)}MAdds of them to choose sub-networks)"
 
 
 def _summary(results: RunResults) -> dict[str, Any] | None:

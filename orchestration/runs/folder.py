@@ -168,6 +168,15 @@ class RunDir:
         """Later timings of `dsnet-orch measure`, beside a result of the measure stage."""
         return self.stage_dir("measure", key) / "timed_again.json"
 
+    def elsewhere_dir(self, key: str) -> Path:
+        """Timings of a supernet on other devices, beside its checkpoint; one file for each device,
+        engine and number of threads."""
+        return self.stage_dir("supernet", key) / "elsewhere"
+
+    def kits_dir(self, key: str) -> Path:
+        """Descriptions of the kits of a supernet that were exported to be timed elsewhere."""
+        return self.stage_dir("supernet", key) / "kits"
+
     def table(self, key: str, split: str) -> Path:
         """The routing table of the `gate` or `val` split; that of `test` is behind
         `sealed_table`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -313,6 +314,15 @@ def newest_record(stage_root: Path) -> StageRecord | None:
     return max(records, key=lambda record: record.started_at, default=None)
 
 
+_DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
+_DIGESTED = {
+    "layout": "the network's layout",
+    "start": "the start weights",
+    "bases": "what trains to choose sub-networks",
+}
+"""Keys whose value holds a SHA-256 -> what it is of, for messages."""
+
+
 def differences(old: StageRecord, new: StageRecord) -> tuple[str, ...]:
     """Why the keys of two records differ: configuration keys, code version, data, parents."""
     return tuple(_differences(old, new))
@@ -321,7 +331,11 @@ def differences(old: StageRecord, new: StageRecord) -> tuple[str, ...]:
 def _differences(old: StageRecord, new: StageRecord) -> Iterator[str]:
     for key in sorted(old.config.keys() | new.config.keys()):
         before, after = (record.config.get(key, "(absent)") for record in (old, new))
-        if before != after:
+        if before == after:
+            continue
+        if any(_DIGEST.search(str(value)) for value in (before, after)):  # its digits say nothing
+            yield f"{_DIGESTED.get(key, key)} changed"
+        else:
             yield f"{key}: {_shown(before)} -> {_shown(after)}"
     if old.version != new.version:
         yield f"the stage's code changed: version {old.version} -> {new.version}"

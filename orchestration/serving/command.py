@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,8 +34,13 @@ _MAX_ATTEMPTS = 3
 """How often a replica is started that fails at its start."""
 
 
-def serve_until_stopped(path: Path, settings: ServeSettings) -> None:
+def serve_until_stopped(path: Path, settings: ServeSettings, say: Callable[[str], None] = click.echo) -> None:
     """Serve a bundle until Ctrl-C, SIGTERM or SIGHUP, and print its address.
+
+    Args:
+        path: the bundle's folder.
+        settings: address, batches, limits and budget.
+        say: prints a line on stdout.
 
     Raises:
         As `serving`.
@@ -43,8 +48,9 @@ def serve_until_stopped(path: Path, settings: ServeSettings) -> None:
     click.echo("starting Ray Serve ...", err=True)
     with _sigterm_like_ctrl_c(), serving(path, settings) as url:
         example = f"curl --data-binary @photo.jpg {shlex.quote(url + '/predict')}"
-        click.echo(f"serving {path} at {url}   (try: {example}; stop it with Ctrl-C)")
+        say(f"serving {path} at {url}   (try: {example}; stop it with Ctrl-C)")
         wait_for_stop()
+        click.echo("stopping ...", err=True)
 
 
 @contextmanager

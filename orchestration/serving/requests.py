@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsnet.deploy.bundle import Bundle
 from dsnet.errors import ConfigError, DataError
-from dsnet.strict_json import check_known
+from dsnet.wording import way_out
 
 QUERY = ("point", "budget_madds", "budget_latency")
 PIXELS = "pixels"
@@ -134,7 +134,9 @@ def point_of(query: Mapping[str, str], bundle: Bundle) -> str:
         ConfigError: a parameter is unknown, is no number, or is out of range, or there are two.
         NotFoundError: no point has this name or fulfils this budget.
     """
-    check_known(query, QUERY, "the query")
+    for name in query:
+        if name not in QUERY:
+            raise ConfigError(f"unknown parameter {name!r} in the query{way_out(name, list(QUERY))}")
     if not query:
         return bundle.operating_point.name
     if len(query) > 1:

@@ -71,12 +71,14 @@ from orchestration.supernets.tracking import (
 from orchestration.tracking.protocol import Tracker
 from orchestration.tracking.rows import (
     Standing,
+    data_rows,
     store_uri,
     sweep_end_ms,
     sweep_row,
     sweep_uid,
     unix_ms,
     write_artifacts,
+    write_bundles,
 )
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
@@ -204,23 +206,23 @@ def _entry(member: Member, earlier: MemberEntry | None) -> MemberEntry:
 
 
 class _PrefixedProgress:
-    """A progress view for one member: its name precedes every line and title."""
+    """A progress view for one member: its label precedes every line and title."""
 
-    def __init__(self, progress: ProgressView, name: str) -> None:
+    def __init__(self, progress: ProgressView, label: str) -> None:
         self._progress = progress
-        self._name = name
+        self._label = label
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self._progress.say(f"{self._name}: {text}")
+        self._progress.say(f"{self._label}: {text}")
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self._progress.warn(f"{self._name}: {text}")
+        self._progress.warn(f"{self._label}: {text}")
 
     def bar(self, task: Task) -> AbstractContextManager[Bar]:
         """Show a progress bar for the length of a with-block."""
-        return self._progress.bar(replace(task, title=f"{self._name}: {task.title}"))
+        return self._progress.bar(replace(task, title=f"{self._label}: {task.title}"))
 
 
 @dataclass
@@ -280,6 +282,7 @@ class _SupernetsLaunch:
         tracker = trackers.make(progress.warn)
         parent = sweep_row(manifest.read(), run, config)
         tracker.parent(parent)
+        tracker.datasets(data_rows(manifest.read()))
         manifests = {name: write_facts(_prepared(member), member.run) for name, member in usable.items()}
         opened = {name: RunResults(member.run, member.config) for name, member in usable.items()}
         results = SupernetSweepResults(run, opened)
@@ -287,7 +290,7 @@ class _SupernetsLaunch:
         launches = {}
         for name, member in usable.items():
             own = manifests[name]
-            own_progress = _PrefixedProgress(progress, name)
+            own_progress = _PrefixedProgress(progress, member.label)
             work = Launch(
                 _prepared(member),
                 opened[name],
@@ -298,6 +301,7 @@ class _SupernetsLaunch:
                 on_record=_shown_in(study, name),
             )
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
+            work.tracker.datasets(data_rows(own.read()))
             stack.enter_context(closing_tracker(member.run, work.tracker, own_progress, _end_of(own)))
             launches[name] = work
         return cls(config, results, usable, launches, manifest, tracker, progress, request, records, study)
@@ -446,7 +450,7 @@ class _SupernetsLaunch:
             self.study.add_supernet(entry)
         trained = [fate.name for fate in fates if fate.state == "trained"]
         if not trained:
-            reasons = "; ".join(f"{fate.name}: {fate.reason}" for fate in fates)
+            reasons = "; ".join(f"{self.records[fate.name].label}: {fate.reason}" for fate in fates)
             raise NothingFeasibleError(f"no supernet completed its training; {reasons}")
         return trained
 
@@ -501,7 +505,7 @@ class _SupernetsLaunch:
                 slots = sorted(gate.slot for gate in results.front_sample if gate.supernet == name)
                 _write_changed(member.run.chosen_json(member.done_key("search")), {"slots": slots})
         shares = Counter(gate.supernet for gate in results.front_gates)
-        told = ", ".join(f"{count} of {name}" for name, count in shares.items())
+        told = ", ".join(f"{count} of {results.entry(name).label}" for name, count in shares.items())
         self.progress.say(
             f"front over {plural(len(results.supernets), 'supernet')}: {plural(len(results.front_gates), 'gate')} ({told})"
         )
@@ -533,6 +537,7 @@ class _SupernetsLaunch:
         write_artifacts(self.tracker, self.run)
         if self.config.tracking.mlflow:
             write_global_overview(self.tracker, results, redraw=True)
+        write_bundles(self.tracker, bundles, self.run.export_dir, self.config.export.register_as)
         return LaunchResult(results, tuple(bundles))
 
     def _finish_member(self, name: str, standing: Standing) -> None:
@@ -623,7 +628,7 @@ class _TrainingListener:
     def _show(self, name: str, epoch: float, text: str) -> None:
         self._epochs[name] = max(epoch, self._epochs.get(name, 0.0))
         if self.bar is not None:
-            self.bar.update(sum(self._epochs.values()), f"{name}  epoch {epoch:.3g}  {text}")
+            self.bar.update(sum(self._epochs.values()), f"{self._sweep.records[name].label}  epoch {epoch:.3g}  {text}")
 
 
 def _with_times(entry: MemberEntry, work: Launch) -> MemberEntry:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dashboards.supernet_names import with_settings
 from dsnet.errors import CheckpointError, ConfigError, DsnetError
 from dsnet.files import atomic_write_json, read_json
 from orchestration.config.distribution import Distribution
@@ -48,6 +49,11 @@ class Member:
     """Why the settings make no valid supernet; None if they do."""
 
     @property
+    def label(self) -> str:
+        """Its name with its settings, where they are short: `s0-3fa29c01 (uniform)`."""
+        return with_settings(self.name, self.settings)
+
+    @property
     def config(self) -> SweepConfig:
         """The configuration of its own sweep: the whole sweep's, with these settings and only the
         gates' part of the space."""
@@ -78,6 +84,11 @@ class MemberEntry:
     end_ms: int = 0
     """Start (`start_ms`) and end of its training, Unix time in ms; 0 if it has not begun or
     ended."""
+
+    @property
+    def label(self) -> str:
+        """Its name with its settings, where they are short: `s0-3fa29c01 (uniform)`."""
+        return with_settings(self.name, self.settings)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MemberEntry:

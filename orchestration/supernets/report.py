@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from dashboards.supernets import (
 )
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text
+from orchestration.config.command_lines import command_line, has_own_code, launch_command
 from orchestration.results.dominated import dominated_warnings
 from orchestration.results.report import bundle_commands, capital, headline, note_of_warning, timing_noise
 from orchestration.results.run import RunResults
@@ -52,6 +53,7 @@ def report_data(results: SupernetSweepResults, notes: tuple[str, ...], status: s
         model=config.supernet.model,
         info=supernets_info(results),
         headline=global_headline(results),
+        scheduler=config.supernets.scheduler,
         num_test_openings=manifest["test_openings"],
         objectives=tuple(metric.name for metric in config.metrics),
         notes=sweep_training_notes(results) + _timing_notes(results) + notes + _sample_notes(results),
@@ -88,12 +90,13 @@ def _supernet(results: SupernetSweepResults, entry: MemberEntry) -> SupernetInfo
     member = results.supernets.get(entry.name)
     if member is None or not member.subnets:
         return info
-    rows, kind = member.points(), member.config.gate.router
+    rows, kind, cost = member.points(), member.config.gate.router, training_cost(member)
     intervals = _intervals(member)
     link = member.run.report_html.relative_to(results.run.path).as_posix()
     return replace(
         info,
-        training_madds=None if (cost := training_cost(member)) is None else cost.total,
+        choice_madds=None if cost is None else cost.choice,
+        training_madds=None if cost is None else cost.joint,
         static_hypervolume=static_hypervolumes(results)[entry.name],
         num_trials=len(member.records),
         num_failed=len(member.failed),
@@ -174,7 +177,8 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
     """
     if not any(member.subnets for member in results.supernets.values()):
         raise NotFoundError(
-            f"run {results.run.name!r} has no measured supernet yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+            f"run {results.run.name!r} has no measured supernet yet; continue it with: "
+            f"{launch_command(results.config, results.run.sweep_yaml)}"
         )
     return write_figure(supernets_figure(supernets_info(results)), path)
 
@@ -185,17 +189,21 @@ def sweep_training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
 
 
 def sweep_warnings(results: SupernetSweepResults) -> tuple[tuple[str, TrainingWarning], ...]:
-    """(whose, warning) for the training of the supernets: each kind of warning once, with the names
-    of the supernets that have it and the numbers of the first."""
+    """(whose, warning) for the training of the supernets: each kind of warning once, with the
+    labels of the supernets that have it and the numbers of the first."""
     found: dict[str, list[tuple[str, TrainingWarning]]] = {}
     for name, member in results.supernets.items():
         for warning in review(member):
             found.setdefault(warning.code, []).append((name, warning))
-    return tuple((_whose([name for name, _ in same]), same[0][1]) for same in found.values())
+    return tuple((_whose(results, [name for name, _ in same]), same[0][1]) for same in found.values())
 
 
-def _whose(names: Sequence[str]) -> str:
-    return f"{', '.join(names)}: " + (f"(numbers of {names[0]}) " if len(names) > 1 else "")
+def _whose(results: SupernetSweepResults, names: Sequence[str]) -> str:
+    return f"{_labels(results, names)}: " + (f"(numbers of {names[0]}) " if len(names) > 1 else "")
+
+
+def _labels(results: SupernetSweepResults, names: Iterable[str]) -> str:
+    return ", ".join(results.entry(name).label for name in names)
 
 
 def _timing_notes(results: SupernetSweepResults) -> tuple[str, ...]:
@@ -204,9 +212,11 @@ def _timing_notes(results: SupernetSweepResults) -> tuple[str, ...]:
     if not noise:
         return ()
     first = next(iter(noise))
+    own = results.supernets[first]
     return (
-        f"The latencies of {', '.join(noise)} are unreliable, because the machine was busy or its times varied ({first}: "
-        f"{noise[first]}); measure each again on an idle machine: dsnet-orch measure {shlex.quote(str(results.run.supernets_dir / first))}",
+        f"The latencies of {_labels(results, noise)} are unreliable, because the machine was busy or its times varied "
+        f"({first}: {noise[first]}); measure each again on an idle machine: "
+        f"{command_line('measure', own.run.path, own_code=has_own_code(own.config))}",
     )
 
 
@@ -219,20 +229,22 @@ def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
 
 
 def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
-    run = results.run
-    sweep, path = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path))
+    run, own_code = results.run, has_own_code(results.config)
     example = next(
         (gate.supernet for gate in results.front_gates), results.entries[0].name if results.entries else "s0"
     )
     return (
-        ("Continue this sweep", f"dsnet-orch launch {sweep}"),
-        ("Show the front on the terminal", f"dsnet-orch pareto {path}"),
-        ("Show one supernet", f"dsnet-orch pareto {shlex.quote(str(run.supernets_dir / example))}"),
-        ("Export the gates on the front as bundles", f"dsnet-orch export {path} --pick all"),
+        ("Continue this sweep", launch_command(results.config, run.sweep_yaml)),
+        ("Show the front on the terminal", command_line("pareto", run.path)),
+        ("Show one supernet", command_line("pareto", run.supernets_dir / example)),
+        (
+            "Export the gates on the front as bundles",
+            command_line("export", run.path, "--pick", "all", own_code=own_code),
+        ),
         *bundle_commands(run, results.config),
         (
             "Browse the trials of all supernets as one Optuna study",
             f"optuna-dashboard {shlex.quote(str(run.merged_journal))}",
         ),
-        ("Browse the results in MLflow", f"dsnet-orch ui {path}"),
+        ("Browse the results in MLflow", command_line("ui", run.path)),
     )

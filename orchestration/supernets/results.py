@@ -16,7 +16,7 @@ from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.gate_id import GateId
 from orchestration.results.protocol import Results
-from orchestration.results.run import RunResults, refuse_unusable
+from orchestration.results.run import RunResults, refuse_unreadable, refuse_unusable
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.supernets.members import MemberEntry, read_entries
@@ -198,6 +198,7 @@ class SupernetSweepResults:
                 continue
             pick = parse_pick(text)
             if pick.kind == "name":
+                refuse_unreadable(text)
                 gates.append(self._by_name(pick.name))
                 continue
             chosen = apply_pick(pick, pickable(pick, rows, on_front), objectives)

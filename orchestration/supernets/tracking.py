@@ -9,6 +9,7 @@ from dataclasses import replace
 from dashboards.supernets import supernets_front
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
+from orchestration.results.exported import exported_bundles
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.curves import CurvePoint
@@ -24,6 +25,7 @@ from orchestration.tracking.protocol import NullTracker, Status, TrackedRun, Tra
 from orchestration.tracking.rows import (
     Standing,
     by_cost,
+    data_rows,
     replay,
     store_uri,
     supernet_row,
@@ -33,6 +35,7 @@ from orchestration.tracking.rows import (
     test_metrics,
     unix_ms,
     write_artifacts,
+    write_bundles,
 )
 
 HYPERVOLUME = "static_hypervolume"
@@ -154,6 +157,14 @@ def supernets_end_ms(results: SupernetSweepResults) -> int:
     return max([*ends, unix_ms(results.manifest["created_at"])])
 
 
+def row_of(results: Results) -> TrackedRun:
+    """The row of a sweep of either kind, with the status and end that its results say."""
+    several = results if isinstance(results, SupernetSweepResults) else None
+    end_ms = sweep_end_ms(results.manifest) if several is None else supernets_end_ms(several)
+    row = sweep_row(results.manifest, results.run, results.config)
+    return replace(row, status="FINISHED" if results.is_verified else "KILLED", end_ms=end_ms)
+
+
 def replay_sweep(results: Results, make: Callable[[], Tracker]) -> list[tuple[Tracker, Status, int]]:
     """Write all rows of a sweep of one supernet or of several, as its launch would; arguments and
     result are those of `replay_supernets`."""
@@ -178,6 +189,7 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
     run, config, tracker = results.run, results.config, make()
     parent = sweep_row(results.manifest, run, config)
     tracker.parent(parent)
+    tracker.datasets(data_rows(results.manifest))
     members = [results.member(entry.name) for entry in results.entries]
     tracker.supersede([sweep_uid(member.manifest, member.run) for member in members if member is not None])
     trackers: list[tuple[Tracker, Status, int]] = []
@@ -200,5 +212,6 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
         write_global_front(tracker, results)
     write_artifacts(tracker, run)
     write_global_overview(tracker, results, redraw=False)
+    write_bundles(tracker, exported_bundles(run), run.export_dir, config.export.register_as)
     trackers.append((tracker, "FINISHED" if results.is_verified else "KILLED", supernets_end_ms(results)))
     return trackers

@@ -11,7 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestration.runs.curves import CurvePoint
-from orchestration.tracking.protocol import RowStore, Status, TrackedRun, TrackingSummary, first_line
+from orchestration.tracking.protocol import (
+    RowStore,
+    Status,
+    TrackedBundle,
+    TrackedData,
+    TrackedRun,
+    TrackingSummary,
+    first_line,
+)
 from orchestration.tracking.store import logger
 
 FAILURES_BEFORE_PAUSE = 3
@@ -50,6 +58,7 @@ class MlflowTracker:
         self._parent: TrackedRun | None = None
         self._supernet: TrackedRun | None = None
         self._summary = TrackingSummary()
+        self._is_attached = False
         self._closed = False
         self._given_up = False
         self._num_failures = 0
@@ -69,6 +78,10 @@ class MlflowTracker:
     def parent(self, run: TrackedRun) -> None:
         self._parent = run
         self._jobs.put(lambda: self._store.open_sweep(run))
+
+    def attach(self, run: TrackedRun) -> None:
+        self._parent, self._is_attached = run, True
+        self._jobs.put(lambda: self._store.attach(run))
 
     def supernet(self, run: TrackedRun) -> None:
         parent, self._supernet = self._opened_parent(), run
@@ -99,6 +112,15 @@ class MlflowTracker:
         parent = self._opened_parent()
         self._jobs.put(lambda: self._store.add_artifact(parent, path))
 
+    def datasets(self, datasets: Sequence[TrackedData]) -> None:
+        parent, kept = self._opened_parent(), tuple(datasets)
+        if kept:
+            self._jobs.put(lambda: self._store.add_datasets(parent, kept))
+
+    def bundle(self, bundle: TrackedBundle) -> None:
+        parent = self._opened_parent()
+        self._jobs.put(lambda: self._store.add_bundle(parent, bundle))
+
     def describe(self, text: str) -> None:
         parent = self._opened_parent()
         self._jobs.put(lambda: self._store.describe(parent, text))
@@ -107,7 +129,7 @@ class MlflowTracker:
         if self._closed:
             return self._summary
         self._closed = True
-        if self._parent is not None:
+        if self._parent is not None and not self._is_attached:
             parent = replace(self._parent, status=status, end_ms=end_ms)
             self._jobs.put(lambda: self._store.close_sweep(parent))
         self._jobs.put(None)

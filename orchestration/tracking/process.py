@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +27,7 @@ from dsnet.arithmetic import fix_arithmetic
 from dsnet.import_path import child_variables
 from orchestration.runs.curves import CurvePoint
 from orchestration.tracking.database import SQLITE
-from orchestration.tracking.protocol import TrackedRun, first_line
+from orchestration.tracking.protocol import TrackedBundle, TrackedData, TrackedRun, first_line
 from orchestration.tracking.store import MlflowStore
 
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
@@ -60,6 +60,10 @@ class MlflowWriter:
         """See `MlflowStore.open_sweep`."""
         self._call("open_sweep", parent)
 
+    def attach(self, parent: TrackedRun) -> None:
+        """See `MlflowStore.attach`."""
+        self._call("attach", parent)
+
     def write(self, run: TrackedRun, parent: TrackedRun) -> None:
         """See `MlflowStore.write`."""
         self._call("write", run, parent)
@@ -76,6 +80,14 @@ class MlflowWriter:
         """See `MlflowStore.add_artifact`."""
         # Absolute, because the child keeps the working directory in which it was started.
         self._call("add_artifact", parent, path.absolute())
+
+    def add_datasets(self, parent: TrackedRun, datasets: Sequence[TrackedData]) -> None:
+        """See `MlflowStore.add_datasets`."""
+        self._call("add_datasets", parent, datasets)
+
+    def add_bundle(self, parent: TrackedRun, bundle: TrackedBundle) -> None:
+        """See `MlflowStore.add_bundle`."""
+        self._call("add_bundle", parent, replace(bundle, path=bundle.path.absolute()))
 
     def describe(self, parent: TrackedRun, text: str) -> None:
         """See `MlflowStore.describe`."""

@@ -47,6 +47,36 @@ class TrackedRun:
 
 
 @dataclass(frozen=True)
+class TrackedBundle:
+    """An exported bundle, which becomes a logged model of the sweep's run."""
+
+    path: Path
+    """Its folder."""
+    name: str
+    """The logged model's name, e.g. "trial-0042"."""
+    register: str | None = None
+    """Name of a registered model of which it becomes a version; None = none."""
+
+
+@dataclass(frozen=True)
+class TrackedData:
+    """A split of the images, which becomes a dataset of the sweep's run."""
+
+    split: str
+    """train, gate, val or test."""
+    source: str
+    """Name of the data set, e.g. "cifar10"."""
+    path: str | None
+    """Its file or folder, if the settings name one."""
+    digest: str
+    """Hexadecimal digest of images and splits."""
+    image_shape: tuple[int, ...]
+    """(channels, height, width)."""
+    num_images: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
 class TrackingSummary:
     """Counts of a tracker's writes, and the first error."""
 
@@ -60,7 +90,11 @@ class Tracker(Protocol):
     only `close` waits for it."""
 
     def parent(self, run: TrackedRun) -> None:
-        """Open the sweep's own run, or reopen it; must be called first."""
+        """Open the sweep's own run, or reopen it; must be called first, or else `attach`."""
+
+    def attach(self, run: TrackedRun) -> None:
+        """Take the sweep's own run as it is, whether a launch still writes it or not, and write it
+        only if it is missing; `close` does not end it then."""
 
     def supernet(self, run: TrackedRun) -> None:
         """Open the supernet's run (status RUNNING); called again with its final status, close
@@ -93,6 +127,12 @@ class Tracker(Protocol):
     def artifact(self, path: Path) -> None:
         """Attach a file to the parent."""
 
+    def datasets(self, datasets: Sequence[TrackedData]) -> None:
+        """Record the images of the sweep as datasets of the parent."""
+
+    def bundle(self, bundle: TrackedBundle) -> None:
+        """Make a bundle a logged model of the parent, unless it is one."""
+
     def describe(self, text: str) -> None:
         """Give the parent a description, in Markdown; `RUN_ID` and `EXPERIMENT_ID` in it stand for
         the parent's own ids."""
@@ -106,6 +146,8 @@ class NullTracker:
     """A tracker that does nothing (`tracking.mlflow: false`)."""
 
     def parent(self, run: TrackedRun) -> None: ...
+
+    def attach(self, run: TrackedRun) -> None: ...
 
     def supernet(self, run: TrackedRun) -> None: ...
 
@@ -121,6 +163,10 @@ class NullTracker:
 
     def artifact(self, path: Path) -> None: ...
 
+    def datasets(self, datasets: Sequence[TrackedData]) -> None: ...
+
+    def bundle(self, bundle: TrackedBundle) -> None: ...
+
     def describe(self, text: str) -> None: ...
 
     def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
@@ -135,6 +181,8 @@ class RowStore(Protocol):
 
     def open_sweep(self, parent: TrackedRun) -> None: ...
 
+    def attach(self, parent: TrackedRun) -> None: ...
+
     def write(self, run: TrackedRun, parent: TrackedRun) -> None: ...
 
     def supersede(self, parent: TrackedRun, current: Sequence[str]) -> None: ...
@@ -142,6 +190,10 @@ class RowStore(Protocol):
     def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None: ...
 
     def add_artifact(self, parent: TrackedRun, path: Path) -> None: ...
+
+    def add_datasets(self, parent: TrackedRun, datasets: Sequence[TrackedData]) -> None: ...
+
+    def add_bundle(self, parent: TrackedRun, bundle: TrackedBundle) -> None: ...
 
     def describe(self, parent: TrackedRun, text: str) -> None: ...
 

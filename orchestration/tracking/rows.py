@@ -3,6 +3,7 @@ writes them again."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -18,6 +19,7 @@ from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.loading import load_config
 from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
+from orchestration.results.exported import exported_bundles
 from orchestration.results.measured import MeasuredSubnet, static_metrics
 from orchestration.results.report import front_info, headline, training_notes
 from orchestration.results.run import RunResults
@@ -27,7 +29,7 @@ from orchestration.runs.folder import RUN_NAME, RunDir, mlflow_artifact_root, ml
 from orchestration.runs.stages import canonical_settings
 from orchestration.tracking.background import MlflowTracker
 from orchestration.tracking.note import attach_front
-from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker
+from orchestration.tracking.protocol import NullTracker, TrackedBundle, TrackedData, TrackedRun, Tracker
 from search.front.points import trial_name
 from search.study.study import TrialRecord
 
@@ -125,6 +127,26 @@ def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> 
     return TrackedRun(
         sweep_uid(manifest, run), run.name, "sweep", unix_ms(manifest["created_at"]), params=params, tags=tags
     )
+
+
+def data_rows(manifest: Mapping[str, Any]) -> list[TrackedData]:
+    """The splits of a run's images as its manifest describes them; none for a run of a release
+    that did not record them."""
+    facts = manifest.get("data")
+    if facts is None:
+        return []
+    return [
+        TrackedData(
+            split=split,
+            source=facts["name"],
+            path=facts["path"],
+            digest=facts["fingerprint"],
+            image_shape=tuple(facts["image_shape"]),
+            num_images=num_images,
+            num_classes=facts["num_classes"],
+        )
+        for split, num_images in facts["num_images"].items()
+    ]
 
 
 def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, *, is_done: bool) -> TrackedRun:
@@ -371,6 +393,20 @@ def write_artifacts(tracker: Tracker, run: RunDir) -> None:
             tracker.artifact(path)
 
 
+def write_bundles(tracker: Tracker, paths: Iterable[Path], folder: Path, register: str | None) -> None:
+    """Make bundles logged models of a run.
+
+    Args:
+        tracker: receives the bundles.
+        paths: the bundles' folders.
+        folder: a folder above them; the models' names are the paths from there.
+        register: name of a registered model of which each becomes a version; None = none.
+    """
+    for path in paths:
+        name = re.sub(r"[^\w-]", "-", str(path.relative_to(folder)))  # MLflow takes no dots and slashes here
+        tracker.bundle(TrackedBundle(path, name, register))
+
+
 def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> None:
     """Put a picture and a table of the front into the parent's description; does nothing without a
     front."""
@@ -395,6 +431,7 @@ def replay(
     """
     run, manifest = results.run, results.manifest
     tracker.parent(replace(sweep_row(manifest, run, results.config), under=under))
+    tracker.datasets(data_rows(manifest))
     tracker.supersede(current_uids(results))
     write_structure(tracker, results)
     if results.stage_key("supernet") is not None:
@@ -405,6 +442,7 @@ def replay(
         write_front(tracker, results, standing or Standing.of(results), results.finished_ms)
     write_artifacts(tracker, run)
     write_overview(tracker, results, redraw=False)
+    write_bundles(tracker, exported_bundles(run), run.export_dir, results.config.export.register_as)
 
 
 def _replay_supernet(results: RunResults, tracker: Tracker) -> None:

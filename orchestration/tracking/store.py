@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.tracking.database import is_server, mend_artifact_locations
+from orchestration.tracking.datasets import dataset_inputs
 from orchestration.tracking.view import SUPERSEDED, points_view, view_tag
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
     from mlflow.tracking import MlflowClient
 from orchestration.runs.curves import CurvePoint
-from orchestration.tracking.protocol import TrackedRun
+from orchestration.tracking.logged_models import ModelPlace, log_bundle
+from orchestration.tracking.protocol import TrackedBundle, TrackedData, TrackedRun
 
 logger = logging.getLogger(__name__)
 MAX_NAME_LENGTH = 250
@@ -99,6 +101,11 @@ class MlflowStore:
             tags[PARENT_TAG] = self._outer_id(parent.under)  # also where the sweep was first launched by itself
         self.write(replace(parent, status="RUNNING", end_ms=None, tags=tags), parent)
         self._share_view(parent)
+
+    def attach(self, parent: TrackedRun) -> None:
+        """Write the parent run if it is missing; else leave it as it is."""
+        if parent.uid not in self._load(parent):
+            self.write(parent, parent)
 
     def write(self, run: TrackedRun, parent: TrackedRun) -> None:
         """Write a run: parameters, metrics and tags in one batch, then its status."""
@@ -177,6 +184,19 @@ class MlflowStore:
         """Copy a file to the parent run; a second copy replaces the first."""
         self._load(parent)
         self._connected().log_artifact(self._run_id(parent, parent), str(path))
+
+    def add_datasets(self, parent: TrackedRun, datasets: Sequence[TrackedData]) -> None:
+        """Record the images of the sweep as inputs of the parent run; MLflow keeps one dataset for
+        each name and digest."""
+        self._load(parent)
+        self._connected().log_inputs(self._run_id(parent, parent), dataset_inputs(datasets))
+
+    def add_bundle(self, parent: TrackedRun, bundle: TrackedBundle) -> None:
+        """Make a bundle a logged model of the parent run, and register it if it is to be."""
+        self._load(parent)
+        run_id = self._run_id(parent, parent)
+        with self._alone():
+            log_bundle(self._connected(), ModelPlace(self._experiment_id, run_id), bundle)
 
     def describe(self, parent: TrackedRun, text: str) -> None:
         """Set the description of the parent run."""
@@ -320,7 +340,8 @@ class MlflowStore:
 
 def mlflow_environment() -> dict[str, str]:
     """Environment variables to set before anything imports MLflow: no telemetry, no jobs, short
-    time-outs, few log lines.
+    time-outs, few log lines and no progress bars, and no lock file of the working directory as a
+    model's requirements.
 
     Time-outs, retries and the log level that the user has set are kept.
     """
@@ -334,6 +355,8 @@ def mlflow_environment() -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_UV_AUTO_DETECT": "false",
     }
 
 

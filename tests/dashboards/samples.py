@@ -326,7 +326,7 @@ def make_report(is_verified: bool = True) -> ReportData:
         routes=make_routes(),
         widths=make_widths(),
         training=make_training(),
-        notes=("Smoke result: 270 images a split, so that one image is 0.37 points.",),
+        notes=("Few images: 270 in val and 270 in test, so that one image is 0.37 points.",),
         commands=(
             ("Continue this run, or repeat what has changed", "dsnet-orch launch examples/digits.yaml"),
             ("Export the knee as a bundle that runs", "dsnet-orch export digits --pick knee"),

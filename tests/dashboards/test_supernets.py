@@ -63,7 +63,8 @@ def test_each_supernet_has_a_colour_and_a_symbol_and_only_points_of_the_front_ar
 def test_a_legend_names_the_settings_of_a_supernet_where_they_are_short() -> None:
     settings = (("supernet.structure.method", "greedy"), ("supernet.train.lr", 0.05))
     assert replace(TRAINED, settings=settings).label == "s0 (greedy, lr 0.05)"
-    assert replace(TRAINED, settings=settings * 3).label == replace(TRAINED, settings=()).label == "s0"
+    many = (*settings, ("supernet.train.epochs", 20), ("supernet.train.batch_size", 64))
+    assert replace(TRAINED, settings=many).label == replace(TRAINED, settings=()).label == "s0"
 
 
 def test_the_sealed_split_has_a_panel_of_its_own_once_something_ran_on_it() -> None:
@@ -92,6 +93,20 @@ def test_the_table_says_what_became_of_each_and_whose_the_front_is() -> None:
     assert "1 (100 %)" in table
     assert "2 of 4" in table
     assert "behind &lt;it&gt; is" in table
+
+
+def test_the_choice_of_sub_networks_and_the_training_have_a_column_each() -> None:
+    spent = replace(TRAINED, choice_madds=2.5e9, training_madds=39.5e9)
+    table = supernets_table(SupernetsInfo((spent, replace(spent, choice_madds=0.0), STOPPED), 100))
+    head, *rows = (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:])
+    places = head.index("Sub-networks (MAdds)"), head.index("Training (MAdds)")
+    assert [tuple(row[place] for place in places) for row in rows] == [("2.5 G", "39.5 G"), ("0", "39.5 G"), ("–", "–")]
+
+
+def test_a_scheduler_is_told_only_where_the_sweep_has_one() -> None:
+    report = SupernetsReport("nets", "complete", "now", "digits", "ds_tiny", SupernetsInfo((TRAINED,), 100))
+    assert "stops the worse ones" not in build_supernets_report(report)
+    assert "the scheduler asha compares" in build_supernets_report(replace(report, scheduler="asha"))
 
 
 def test_a_report_of_a_sweep_that_has_nothing_yet_is_a_whole_page() -> None:

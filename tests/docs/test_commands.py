@@ -22,15 +22,24 @@ from tests.docs.blocks import LANGUAGES, PAGES, REPOSITORY, Block, blocks, spans
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 PLACEHOLDERS = {"COMMAND": "plan", "+N": "+1", "N": "1"}
 """Words of running text that stand for a value, where any word would not do."""
-EXAMPLES = {"--state": "failed", "--where": "top1>=0.5", "--pick": "knee", "--set": "gate.target=0.3"}
+EXAMPLES = {
+    "--state": "failed",
+    "--where": "top1>=0.5",
+    "--pick": "knee",
+    "--set": "gate.target=0.3",
+    "--device": "cpu",
+    "--engine": "torch",
+}
 """Values for options that a table shows with `...`."""
 BROUGHT = ("model_best.pth.tar",)
 """Files that readers have themselves; their own images are below ~ and given with --data."""
 BASE = "version: 1\nname: base\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n"
 """The file to which a YAML block that is not a whole file is added, without the sections that the
 block has itself."""
-MAKES = ("--resolved", "--out", "--figure", "--routers-figure")
+MAKES = ("--resolved", "--out", "--figure", "--routers-figure", "--export-kit")
 """Options whose value is a file or folder that the command writes."""
+WRITTEN_SCRIPTS = {"kit/time_kit.py": "dsnet/measure/time_kit.py"}
+"""Scripts that a command writes -> the files that it copies."""
 
 
 def problem_of(words: list[str]) -> str | None:
@@ -41,7 +50,7 @@ def problem_of(words: list[str]) -> str | None:
         case ["python", "-P", "-m", *rest] | ["python", "-m", *rest]:
             return problem_of_module(rest[0], rest[1:])
         case ["python", script, *arguments] if script.endswith(".py"):
-            return problem_of_script(REPOSITORY / script, arguments)
+            return problem_of_script(REPOSITORY / WRITTEN_SCRIPTS.get(script, script), arguments)
         case ["make", *targets]:
             return next((f"no target {name}" for name in targets if f"\n{name}:" not in MAKEFILE), None)
         case ["pip", "install", *arguments]:

@@ -129,8 +129,14 @@ def test_a_class_of_the_users_is_imported_from_the_working_directory(
     assert import_object("random.Random") is __import__("random").Random
     with pytest.raises(ImportError, match="'search' is a package of dsnet-orch; give your module another name"):
         import_object("search.Mine")
-    with pytest.raises(ImportError, match=r"^No module named 'own_samplr'$"):
+    (hostile / "needs_another.py").write_text("import not_installed_at_all\n")
+    with pytest.raises(ImportError) as failed:
         import_object("own_samplr.Mine")
+    assert str(failed.value).startswith("No module named 'own_samplr'; it is searched for in installed packages")
+    assert f"the working directory ({hostile})" in str(failed.value)
+    assert str(failed.value).endswith("the folders of PYTHONPATH")
+    with pytest.raises(ImportError, match=r"^No module named 'not_installed_at_all'$"):
+        import_object("needs_another.Mine")
 
 
 def test_a_child_finds_our_packages_where_only_the_working_directory_of_this_process_has_them() -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dsnet.deploy.bundle import load_bundle
+from dsnet.errors import DsnetError
 from tests.hostile import REPOSITORY
 from tests.orchestration.samples import Answer, Command
 
@@ -41,15 +45,26 @@ tracking: {mlflow: false}
 """
 
 
+@dataclass(frozen=True)
+class Mine:
+    """The finished run, and what the commands say of it; only to be read."""
+
+    folder: Path
+    """Holds the user's module, the sweep file and `runs/`."""
+    trials: list[Any]
+    front: Any
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the user's module, its sweep file, and the finished run."""
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Mine:
+    """The run is launched and read in one process: each takes seconds to start."""
     folder = tmp_path_factory.mktemp("extending")
     shutil.copy(Path(__file__).with_name("my_extension.py"), folder)
     (folder / "mine.yaml").write_text(SWEEP, encoding="utf-8")
-    answer = run(folder, ["launch", "mine.yaml"])
+    answer = run(folder, ["launch", "mine.yaml"], ["trials", "mine", "--json"], ["pareto", "mine", "--json"])
     assert answer.code == 0, answer
-    return folder
+    trials, front = documents(answer.out)
+    return Mine(folder, trials, front)
 
 
 def run(folder: Path, *commands: list[str]) -> Answer:
@@ -70,11 +85,12 @@ def run(folder: Path, *commands: list[str]) -> Answer:
     return Command(folder, json.dumps(commands), program=(sys.executable, "-c", program), python_path=[folder]).wait()
 
 
-def read(folder: Path, *commands: list[str]) -> list[Any]:
-    """The JSON output of each command, all run in one process."""
-    answer = run(folder, *([*command, "--json"] for command in commands))
-    assert answer.code == 0, answer
-    decoder, rest, found = json.JSONDecoder(), answer.out.lstrip(), []
+def documents(out: str) -> list[Any]:
+    """The JSON documents at the end of an output; each begins on a line of its own, without
+    blanks before it."""
+    decoder, found = json.JSONDecoder(), []
+    start = re.search(r"^[\[{]$", out, re.MULTILINE)
+    rest = out[start.start() :] if start else ""
     while rest:
         value, end = decoder.raw_decode(rest)
         found.append(value)
@@ -83,8 +99,8 @@ def read(folder: Path, *commands: list[str]) -> list[Any]:
 
 
 @pytest.mark.ray
-def test_a_sweep_tries_the_router_on_the_family_and_optimises_the_metric(folder: Path) -> None:
-    trials, front = read(folder, ["trials", "mine"], ["pareto", "mine"])
+def test_a_sweep_tries_the_router_on_the_family_and_optimises_the_metric(mine: Mine) -> None:
+    trials, front = mine.trials, mine.front
     assert {trial["state"] for trial in trials} == {"complete"}
     assert {trial["params"]["gate.router"] for trial in trials} == {"gate", "sum"}
     assert all(0.0 <= trial["metrics"]["worst_class"] <= trial["metrics"]["top1"] for trial in trials)
@@ -93,27 +109,27 @@ def test_a_sweep_tries_the_router_on_the_family_and_optimises_the_metric(folder:
 
 
 @pytest.mark.ray
-def test_the_report_shows_them(folder: Path) -> None:
-    page = (folder / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
+def test_the_report_shows_them(mine: Mine) -> None:
+    page = (mine.folder / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
     assert "sum of the hidden vector" in page
     assert "worst_class" in page
 
 
 @pytest.mark.ray
-def test_the_exporter_writes_beside_the_bundle_which_loads_where_the_module_is_named(folder: Path) -> None:
+def test_the_exporter_writes_beside_the_bundle_which_loads_where_the_module_is_named(mine: Mine) -> None:
+    folder = mine.folder
     bundles = sorted((folder / "runs" / "mine" / "export").glob("trial-*"))
     facts = [json.loads((bundle / "facts" / "facts.json").read_text()) for bundle in bundles]
     assert all(0.0 < each["val"]["top1"] <= 1.0 for each in facts)
     kinds = {bundle: json.loads((bundle / "bundle.json").read_text())["router"]["kind"] for bundle in bundles}
-    mine = next(bundle for bundle, kind in kinds.items() if kind == "sum")
-    assert run(folder, ["verify", str(mine), "--data"]).code == 0
+    own = next(bundle for bundle, kind in kinds.items() if kind == "sum")
+    assert run(folder, ["verify", str(own), "--data"]).code == 0
     code = "import dsnet, sys; dsnet.load_bundle(sys.argv[1])"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
-    with_it = {**environment, "DSNET_PLUGINS": "my_extension"}
-    command = [sys.executable, "-c", code, str(mine)]
-    assert subprocess.run(command, env=with_it, check=False).returncode == 0
-    without = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-    assert "unknown model 'my_tiny'" in without.stderr
+    path = os.pathsep.join([str(folder), str(REPOSITORY)])
+    environment = {**os.environ, "PYTHONPATH": path, "DSNET_PLUGINS": "my_extension"}
+    assert subprocess.run([sys.executable, "-c", code, str(own)], env=environment, check=False).returncode == 0
+    with pytest.raises(DsnetError, match="unknown model 'my_tiny'"):  # this process has no such variable
+        load_bundle(own)
 
 
 def test_a_plugin_that_cannot_be_imported_is_named(tmp_path: Path) -> None:

@@ -89,9 +89,14 @@ def test_a_loss_that_still_falls_where_a_short_training_ends_is_too_few_steps_to
     ],
 )
 def test_a_loss_that_stood_still_is_told_with_its_share(losses: Sequence[float], share: float) -> None:
-    found = stood_still(facts(curves={"largest": GOOD, "narrow": curve(*losses, noise=0.003)}))
+    still = curve(*losses, noise=0.003)
+    found = stood_still(facts(curves={"largest": GOOD, "0.5": still}))
     assert found is not None
-    assert found.numbers["worst"] == "narrow"
+    assert found.text.startswith("the loss of sub-network 0.5 did not decrease")
+    both = stood_still(facts(curves={"largest": GOOD, "0.5": still, "0.25": still}))
+    assert both is not None
+    assert " and of 1 more sub-network did not decrease" in both.text
+    assert found.numbers["worst"] == "0.5"
     assert found.numbers["share"] == pytest.approx(share, abs=0.08)
 
 

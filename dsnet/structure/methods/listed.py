@@ -48,7 +48,7 @@ class Listed(StructureMethod):
             for member in members[1:]:
                 if member.widths[number] != members[0].widths[number]:
                     raise ConfigError(
-                        f"supernet.structure.widths: {members[0].name} and {member.name} have {members[0].widths[number]} and "
+                        f"supernet.structure.widths: sub-networks {members[0].name} and {member.name} have {members[0].widths[number]} and "
                         f"{member.widths[number]} channels of group {problem.spec.groups[number].name!r} (number {number}), but all "
                         f"sub-networks must agree on the {shared} channel groups before gate {problem.spec.gates[0].name!r}: "
                         "write the same width"

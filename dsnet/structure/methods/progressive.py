@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, permutations
+from itertools import combinations, islice, permutations, product
 from typing import TYPE_CHECKING, TypeVar
 
 from dsnet.errors import ConfigError
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from dsnet.structure.order import Orders
 
 NEAR = 0.02
-"""A member's MAdds differ from its target's by at most this share of it, if any do on the way."""
+"""A member's MAdds differ from its target's by at most this share of it, if the steps of the
+network's widths allow it."""
 EXCHANGES = 8
 """Exchanges of channels that are tried in one round of the re-selection of a member."""
 ROUNDS = 4
@@ -98,11 +99,12 @@ class Progressive(StructureMethod):
         return (us_net(problem, problem.fixed | kernels),)
 
     def num_candidates(self, problem: StructureProblem) -> int:
-        """The sub-networks of the way, again those that a fine-tuned network scores, and the
-        exchanges of the re-selection."""
+        """The sub-networks of the way, again those that a fine-tuned network scores, one for each
+        target that the way misses, and the exchanges of the re-selection."""
         settings, steps = problem.settings.progressive, num_steps(_options(problem))
         tuned = 0 if settings.threshold is None else 2 * steps + 1
-        return 1 + steps + tuned + (ROUNDS * EXCHANGES * len(problem.targets) if settings.reselection else 0)
+        per_target = 1 + (ROUNDS * EXCHANGES if settings.reselection else 0)
+        return 1 + steps + tuned + per_target * len(problem.targets)
 
     def later(self, problem: StructureProblem) -> tuple[Base, ...]:
         """About as many fine-tunings as make up for `EXPECTED_LOSS`, of uniform sub-networks."""
@@ -133,6 +135,7 @@ class Progressive(StructureMethod):
         descent = _Descent(problem, _options(problem), ranking, scoring)
         way, places = yield from descent.walk()
         members = yield from descent.members(way, places)
+        members = yield from descent.fitted(members)
         if problem.settings.progressive.reselection:
             members = yield from descent.reselected(members)
         targets = tuple(reversed(problem.targets))
@@ -354,6 +357,55 @@ class _Descent:
             is_all = first == 0 and target.madds >= self.problem.madds(way[0])
             found.append(0 if is_all else max(free, key=lambda place: (correct[place], place)))
         return [way[place] for place in found]
+
+    def fitted(self, members: Sequence[Widths]) -> _Part[list[Widths]]:
+        """The members, with others in place of those that are not near their targets, because the
+        steps of the way are too large for the network: sub-networks that differ in one or two
+        groups and stay in the chain.
+
+        Args:
+            members: the members from the largest, each with at most the widths of the one before.
+        """
+        found = list(members)
+        smallest = tuple(widths[0] for widths in self.options)
+        for number, target in enumerate(self._targets):
+            above, below = (self.problem.widest, *found)[number], (*found, smallest)[number + 1]
+            if not self._is_near(found[number], target):
+                found[number] = self._nearest(found[number], target, below, above)
+        if changed := [widths for widths in found if widths not in members]:
+            self.scoring.round += 1
+            yield from self.scoring.scores(changed)
+        return found
+
+    def _nearest(self, widths: Widths, target: Target, below: Widths, above: Widths) -> Widths:
+        """Of the sub-networks near the target the one that has lost the least importance; if none
+        is near, the one that comes nearest.
+
+        Of one changed group if one is enough, else of two.
+        """
+        levels = [
+            [width for width in possible if low <= width <= high]
+            for possible, low, high in zip(self.options, below, above, strict=True)
+        ]
+        best = widths
+        for count in (1, 2):
+            possible = {best}
+            for groups in combinations(range(len(widths)), count):
+                for chosen in product(*(levels[group] for group in groups)):
+                    changed = dict(zip(groups, chosen, strict=True))
+                    possible.add(tuple(changed.get(group, width) for group, width in enumerate(widths)))
+            possible -= {below, above} - {widths}
+            best = min(possible, key=lambda each: (*self._cost(each, target), each))
+            if self._is_near(best, target):
+                break
+        return best
+
+    def _cost(self, widths: Widths, target: Target) -> tuple[bool, float]:
+        """The smaller, the better is a sub-network for a target."""
+        if not self._is_near(widths, target):
+            return True, abs(self.problem.madds(widths) - target.madds)
+        groups = zip(range(len(widths)), widths, self.problem.widest, strict=True)
+        return False, sum(self.ranking.between(group, own, whole) for group, own, whole in groups)
 
     def reselected(self, members: Sequence[Widths]) -> _Part[list[Widths]]:
         """Members that are at least as accurate: each, from the largest, moves by exchanges of

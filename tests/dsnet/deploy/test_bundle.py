@@ -69,7 +69,8 @@ def save(
     router: Router | None = None,
     claims: Mapping[str, Any] = CLAIMS,
     **changes: Any,
-) -> None:
+) -> Path:
+    """Save a bundle; returns its folder."""
     supernet = supernet if supernet is not None else small_supernet()
     fields: dict[str, Any] = {
         "supernet": supernet,
@@ -79,6 +80,7 @@ def save(
         "examples": random_pixels(16),
     }
     save_bundle(folder, BundleContents(**{**fields, **changes}), claims=claims, gate_yaml="gate: for people\n")
+    return folder
 
 
 @pytest.fixture

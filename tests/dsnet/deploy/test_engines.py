@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsnet.deploy import engines as engines_module
-from dsnet.deploy.bundle import Bundle, check_bundle_examples, load_bundle, score_bundle
+from dsnet.deploy.bundle import Bundle, check_bundle_examples, check_onnx, load_bundle, score_bundle
+from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.engines import TORCH, Engine, chosen_engine, engine_names, graph_engines
 from dsnet.deploy.exporters import exporters
-from dsnet.deploy.onnx_files import LISTING
+from dsnet.deploy.onnx_files import LISTING, GraphSegments, write_graphs
+from dsnet.deploy.operating_points import OperatingPoint
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
+from dsnet.routers.base import Evidence, Executed
 from dsnet.routers.fixed import FixedRouter
+from dsnet.space.route_tree import RouteTree
 from tests.dsnet.deploy.test_bundle import gate, save
 from tests.dsnet.samples import (
     NORMALIZATION,
@@ -36,17 +44,33 @@ ENGINES = [engine.name for engine in graph_engines() if engine.is_installed]
 SUPERNETS: dict[str, Callable[[], Supernet]] = {"one gate": small_supernet, "three gates": three_gate_supernet}
 
 
-def with_graphs(folder: Path, supernet: Supernet | None = None, **fields: object) -> Path:
+def with_graphs(folder: Path) -> Path:
     """A bundle with ONNX files."""
-    save(folder, supernet, **fields)  # type: ignore[arg-type]
     (folder / "onnx").mkdir()
     exporters()["onnx"].write(folder, folder / "onnx")
+    assert check_onnx(folder, folder / "onnx") == 16
     return folder
 
 
+def saved_with_routers(folder: Path, supernet: Supernet, kinds: Sequence[str] = tuple(ROUTER_KINDS)) -> Path:
+    """A bundle with an operating point for every kind of router, named after it."""
+    recalibrate(supernet, [NORMALIZATION.apply(random_pixels(64))])
+    everything = range(len(supernet.subnets))
+    first, *others = (OperatingPoint(kind, random_supernet_router(kind, supernet, 3, everything), {}) for kind in kinds)
+    return save(folder, supernet, router=first.router, point_name=first.name, further_points=others)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_graphs(tmp_path_factory.mktemp("graphs") / "bundle")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of every router for a supernet by its name; only to be read."""
+    base = tmp_path_factory.mktemp("graphs")
+    return cache(lambda name: with_graphs(saved_with_routers(base / name, SUPERNETS[name]())))
+
+
+@pytest.fixture
+def folder(folder_of: Callable[[str], Path]) -> Path:
+    """The bundle whose graphs are a trunk and the tails of the routes."""
+    return folder_of("one gate")
 
 
 @pytest.fixture
@@ -78,35 +102,76 @@ def test_the_default_is_the_engine_where_it_is_possible(folder: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", SUPERNETS)
-def test_every_router_takes_its_routes_in_every_engine(tmp_path: Path, name: str, engine: str) -> None:
-    """One export for all kinds: those that decide once, at every gate, and after an answer."""
-    supernet = SUPERNETS[name]()
-    recalibrate(supernet, [NORMALIZATION.apply(random_pixels(64))])
-    everything = range(len(supernet.subnets))
-    routers = {kind: random_supernet_router(kind, supernet, 3, everything) for kind in ROUTER_KINDS}
-    first, *others = routers
-    points = {"point_name": first, "further_points": _points(routers, others)}
-    path = with_graphs(tmp_path / "bundle", supernet, router=routers[first], **points)
-    own, ours = load_bundle(path, engine=TORCH), load_bundle(path, engine=engine)
+def test_every_router_takes_its_routes_in_every_engine(
+    folder_of: Callable[[str], Path], name: str, engine: str
+) -> None:
+    """Those that decide once, at every gate, and after an answer."""
+    own, ours = (load_bundle(folder_of(name), engine=each) for each in (TORCH, engine))
     assert check_bundle_examples(ours) == 16
     taken = set()
-    for kind in routers:
+    for kind in ROUTER_KINDS:
         for size in (0, 1, 2, 17):
             assert_same(ours.at(kind), own.at(kind), size)
         taken |= set(ours.at(kind)(random_pixels(64)).routes.tolist())
     assert len(taken) > 1
 
 
-def _points(routers: dict[str, object], names: list[str]) -> list[object]:
-    from dsnet.deploy.operating_points import OperatingPoint
-
-    return [OperatingPoint(name, routers[name], {}) for name in names]  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_static_sub_network_and_a_sub_network_of_some_routes(tmp_path: Path, engine: str) -> None:
-    path = with_graphs(tmp_path / "static", router=FixedRouter(1))
-    assert_same(load_bundle(path, engine=engine), load_bundle(path, engine=TORCH), 5)
+def test_an_image_costs_one_call_for_each_route_that_it_runs(
+    folder: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs decide: the routers themselves are not asked, except where they decide at every
+    gate."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the router was asked")
+
+    own, ours = (load_bundle(folder, engine=each) for each in (TORCH, engine))
+    kinds = [kind for kind in ROUTER_KINDS if own.at(kind).net.router.num_gates == 1]
+    assert {"gate", "evidence_gate", "cascade", "learned_cascade"} <= set(kinds)
+    pixels = random_pixels(9)
+    expected = {kind: own.at(kind)(pixels) for kind in kinds}
+    for kind in kinds:
+        monkeypatch.setattr(type(ours.at(kind).net.router), "step", refuse)
+        assert ours.at(kind)(pixels).routes.tolist() == expected[kind].routes.tolist()
+
+
+def test_decisions_that_cannot_be_in_a_graph_stay_in_python(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    supernet = small_supernet()
+    router = InPython(random_supernet_router("gate", supernet, 3, range(3)))
+    save(tmp_path / "bundle", supernet)
+    found = write_graphs(supernet, [router], 16, tmp_path)  # type: ignore[list-item]
+    assert "ask the routers in Python" in caplog.text
+    assert found.names.decisions == ()
+    tree = RouteTree.of(supernet.subnets)
+    segments = GraphSegments(tmp_path, tree, [router], graph_engines()[0], 1)  # type: ignore[list-item]
+    assert segments.entry(router) is None  # type: ignore[arg-type]
+    images = NORMALIZATION.apply(random_pixels(7))
+    answer = DynamicNet(supernet, router, segments=segments)(images)  # type: ignore[arg-type]
+    wanted = DynamicNet(supernet, router.gate)(images)
+    assert answer.routes.tolist() == wanted.routes.tolist()
+    torch.testing.assert_close(answer.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+
+
+@dataclass(frozen=True)
+class InPython:
+    """A gate whose decision leaves torch, as a user's router may."""
+
+    gate: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "gate":  # not set yet, while it is copied
+            raise AttributeError(name)
+        return getattr(self.gate, name)
+
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        return torch.tensor(self.gate.step(evidence, executed).tolist())
+
+
+def test_a_static_sub_network(tmp_path: Path) -> None:
+    path = with_graphs(save(tmp_path / "static", router=FixedRouter(1)))
+    for engine in ENGINES:
+        assert_same(load_bundle(path, engine=engine), load_bundle(path, engine=TORCH), 5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

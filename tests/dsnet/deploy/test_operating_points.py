@@ -203,6 +203,13 @@ def test_points_never_read_test() -> None:
         points.choose(madds_m=0.5)
 
 
+@pytest.mark.parametrize(("asked", "has"), [({"madds_m": 1.0}, "costs 2;"), ({"top1": 0.9}, "reaches 0.5;")])
+def test_a_bundle_with_one_point_is_told_how_to_get_more(asked: dict[str, float], has: str) -> None:
+    points = OperatingPoints([OperatingPoint("knee", FixedRouter(0), claims(0.5, 2.0))])
+    with pytest.raises(NotFoundError, match=rf"the bundle has only one, knee, which {has} .*--pick front$"):
+        points.choose(**asked)
+
+
 def pointers(bundle: Bundle) -> set[int]:
     return {value.data_ptr() for value in bundle.net.parameters()}
 

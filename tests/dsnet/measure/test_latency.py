@@ -19,6 +19,7 @@ from dsnet.errors import ConfigError
 from dsnet.measure.latency import (
     MIN_REPEATS,
     PUBLISHED,
+    LatencySamples,
     LatencyTable,
     MachineLoad,
     Timing,
@@ -271,3 +272,22 @@ def test_a_table_remembers_the_load_and_one_of_an_earlier_release_has_none() -> 
     assert LatencyTable.from_json(stored) == table
     del stored["load"]
     assert LatencyTable.from_json(stored) == replace(table, load=None)
+
+
+def test_resampled_rounds_keep_calls_together_and_the_table_has_the_medians() -> None:
+    drift = (0.0, 5.0, 1.0, 9.0, 2.0)  # of each round
+    parts = {
+        size: {name: tuple(size * ms + late for late in drift) for name, ms in (("/trunk", 10.0), ("slim", 20.0))}
+        for size in (1, 4)
+    }
+    samples = LatencySamples("a clock", 1, {1: {"slim": drift}}, parts)
+    assert LatencySamples.from_json(json.loads(json.dumps(samples.to_json()))) == samples
+    table = samples.table()
+    assert (table.trunk[4].median_ms, table.tails[4]["slim"].median_ms) == (42.0, 82.0)
+    assert table.subnets[1]["slim"] == Timing(2.0, 4.0, 5)
+    rng = np.random.default_rng(0)
+    drawn = [samples.resampled(rng) for _ in range(50)]
+    for resample in drawn:
+        assert resample.tails[4]["slim"].median_ms - resample.trunk[4].median_ms == pytest.approx(40.0)
+    assert len({resample.trunk[4].median_ms for resample in drawn}) > 1
+    assert len({resample.trunk[4].median_ms - resample.trunk[1].median_ms for resample in drawn}) > 1

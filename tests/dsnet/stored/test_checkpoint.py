@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,16 @@ def test_a_stored_supernet_loads_bit_equal_in_eval_mode(tmp_path: Path, family: 
 def test_nothing_temporary_is_left(tmp_path: Path) -> None:
     save_supernet(tmp_path / "net.v1", small_supernet())
     assert {path.name for path in tmp_path.iterdir()} == {"net.v1.json", "net.v1.safetensors"}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_tensors_can_be_read_by_whom_the_umask_allows(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == mode
 
 
 def test_missing_extra_and_misshapen_tensors_are_listed_together() -> None:

@@ -383,7 +383,7 @@ BOTTLENECK = {"depth": 50, "width": 0.125, "ratios": [0.5, 1.0]}
         (
             "",
             {"method": "uniform", "targets": (0.5, 0.5001)},
-            r"0.5 and 0.5001 are the same sub-network, with widths \[.*remove one target",
+            r"'0.5' and '0.5001' are the same sub-network, with widths \[.*remove one target",
         ),
         (
             "",
@@ -394,7 +394,7 @@ BOTTLENECK = {"depth": 50, "width": 0.125, "ratios": [0.5, 1.0]}
         (
             "",
             {"method": "list", "widths": {"a": (4, 8, 4, 8), "b": (4, 8, 4, 8)}},
-            "a and b are the same sub-network.*remove one of them",
+            "'a' and 'b' are the same sub-network.*remove one of them",
         ),
         (
             "",
@@ -463,7 +463,7 @@ def test_a_list_of_equal_costs_needs_names() -> None:
     with pytest.raises(ConfigError, match=r"two sub-networks have equal MAdds.*write a mapping with a name for each"):
         check_structure(problem)
     check_structure(toy(14, 310, method="list", widths={"one": equal[0], "other": equal[1]}))
-    with pytest.raises(ConfigError, match="number 0 and number 1 are the same sub-network"):
+    with pytest.raises(ConfigError, match="'number 0' and 'number 1' are the same sub-network"):
         check_structure(toy(4, 4, method="list", widths=((2, 3), (2, 3))))
 
 
@@ -487,7 +487,9 @@ def test_unknown_methods_and_unusable_classes(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(ConfigError, match=message):
             structure_method(path)
     monkeypatch.delenv(ALLOW_IMPORTS)
-    with pytest.raises(ConfigError, match="runs code of yours; allow that with --allow-imports"):
+    with pytest.raises(
+        ConfigError, match=r"runs code of yours; allow that with DSNET_ALLOW_IMPORTS=1 .*--allow-imports"
+    ):
         structure_method(OWN)
 
 

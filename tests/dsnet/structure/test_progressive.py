@@ -197,6 +197,33 @@ def test_the_members_are_a_chain_near_the_targets(reselection: bool, seed: int, 
             assert (correct[tuple(row["widths"])], -row["madds"]) == best
 
 
+def test_a_target_between_the_steps_of_the_way_gets_the_nearest_sub_network_within_the_chain(tmp_path: Path) -> None:
+    problem = make_problem("ds_resnet", targets=(0.3, 0.5, 1.0), pin="gate", step=2, levels=4, reselection=False)
+    made = run(problem, tmp_path, landscape(0))
+    smallest, middle, widest = (tuple(row["widths"]) for row in made.rows)
+    assert widest == problem.widest
+    missed = {
+        target.name: min(abs(problem.madds(each) / target.madds - 1) for each in made.way) for target in problem.targets
+    }
+    assert any(away > NEAR for away in missed.values()), "the way alone would miss a target"
+    options = problem.options(problem.settings.levels)
+    bounds = {"0.3": (tuple(widths[0] for widths in options), middle), "0.5": (smallest, widest)}
+    for target, row in zip(problem.targets[:2], made.rows, strict=False):
+        own, (below, above) = tuple(row["widths"]), bounds[target.name]
+        assert row["holdout_top1"] is not None
+        if missed[target.name] <= NEAR:
+            assert own in made.way
+            continue
+        away = abs(row["madds"] / target.madds - 1)
+        possible = [
+            abs(problem.madds((*own[:group], width, *own[group + 1 :])) / target.madds - 1)
+            for group, widths in enumerate(options)
+            for width in widths
+            if below[group] <= width <= above[group] and (*own[:group], width, *own[group + 1 :]) not in (below, above)
+        ]
+        assert away <= NEAR or away == min(possible), "a change of one group would come nearer"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_reselection_never_lowers_the_accuracy_and_stays_near_the_target(seed: int, tmp_path: Path) -> None:
     without, with_it = (

@@ -122,15 +122,24 @@ def test_training_over_any_widths_learns_and_every_declared_member_can_be_evalua
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted training; only to be read."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, run_of())
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [2, 5, 8])
-def test_a_stopped_training_over_any_widths_continues_bit_identically(tmp_path: Path, stop_at: int) -> None:
-    train(tmp_path / "whole", run_of())
-    assert train(tmp_path / "parts", run_of(), stop_at=stop_at) is None
-    assert train(tmp_path / "parts", run_of()) is not None
+def test_a_stopped_training_over_any_widths_continues_bit_identically(
+    whole: Path, tmp_path: Path, stop_at: int
+) -> None:
+    assert train(tmp_path, run_of(), stop_at=stop_at) is None
+    assert train(tmp_path, run_of()) is not None
     for name in ("final.safetensors", "epoch-00003.safetensors"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert rows(tmp_path) == rows(whole)
 
 
 def test_another_space_is_another_training(tmp_path: Path) -> None:

@@ -523,7 +523,9 @@ def test_a_non_finite_loss_names_step_and_sub_network(tmp_path: Path) -> None:
     net = supernet()
     with torch.no_grad():
         net.get_parameter("stem.weight")[net.subnets[0].widths[0] :] = torch.nan  # only the largest reads these filters
-    with pytest.raises(NonFiniteLossError, match=r"the loss of largest is nan at step 1; lower supernet\.train\.lr"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss of sub-network largest is nan at step 1; lower supernet\.train\.lr"
+    ):
         train(tmp_path, small_run("none"), net=net)
     assert not checkpoint_stems(tmp_path)
 

@@ -11,6 +11,7 @@ import torch
 from dsnet.families import family_names
 from dsnet.network.plain import make_plain
 from orchestration.config.loading import load_config
+from tests.dsnet.cases import TRACED
 from tests.dsnet.data.folders import GREY, fill
 from tests.orchestration.samples import call
 
@@ -116,6 +117,15 @@ def test_a_network_of_the_user_is_written_with_its_weights_and_budgets(tmp_path:
     assert made["start weights"].startswith("net.pth (sha256 ")
     assert made["normalization"].endswith("(mean and deviation of train, as net.pth records none)")
     assert [row["name"] for row in plan.json["subnets"]] == ["0.3", "0.6", "1"]
+
+
+def test_the_next_commands_for_a_module_of_the_user_can_be_copied(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", cats=20, dogs=20)
+    answer = call(tmp_path, "init", "--data", folder, "--model", TRACED[0], "--allow-imports")
+    assert answer.out.splitlines()[-2:] == [
+        "  dsnet-orch plan photos.yaml --allow-imports",
+        "  dsnet-orch launch photos.yaml --allow-imports",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,23 @@ from typing import Any
 import pytest
 
 from dsnet.files import atomic_write_json, read_json
+from orchestration.commands.messages import complain
 from orchestration.commands.supernet_tables import show_supernets_status
 from orchestration.commands.sweep import find_run
 from orchestration.commands.terminal import say_mlflow, say_places, show_front
+from orchestration.config.sweep import SweepConfig
+from orchestration.results.report import bundle_commands
 from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import LockHolder
 from orchestration.runs.manifest import Manifest
 from tests.orchestration.samples import Finished, call, results_in
+
+
+def sweep(**sections: Any) -> SweepConfig:
+    """A sweep of digits, with other sections."""
+    return SweepConfig.model_validate(
+        {"version": 1, "name": "mine", "data": {"name": "digits"}, "supernet": {"model": "ds_tiny"}, **sections}
+    )
 
 
 @pytest.mark.parametrize(("data", "takes_photos"), [("image_folder", True), ("cifar10", True), ("digits", False)])
@@ -26,13 +36,28 @@ def test_the_end_of_a_launch_names_commands_that_can_be_pasted(
     data: str, takes_photos: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunDir(Path("/my runs"), "mine")
-    tracking = SimpleNamespace(mlflow=True, uri=None)
-    results: Any = SimpleNamespace(run=run, config=SimpleNamespace(data=SimpleNamespace(name=data), tracking=tracking))
+    more = {
+        "digits": {},
+        "cifar10": {"path": "/photos"},
+        "image_folder": {"path": "/photos", "image_size": 64},
+    }[data]
+    results: Any = SimpleNamespace(run=run, config=sweep(data={"name": data, **more}))
     say_places(results, [run.export_dir / "trial-0004"])
     say_mlflow(results)
     told = capsys.readouterr().out
     assert ("dsnet-orch predict '/my runs/mine/export/trial-0004' PHOTO..." in told) == takes_photos
     assert "dsnet-orch ui '/my runs/mine'" in told
+    assert "imports" not in told
+    own: Any = SimpleNamespace(run=run, config=sweep(data={"name": data, **more}, supernet={"model": "mine:net"}))
+    say_places(own, [run.export_dir / "trial-0004"])
+    told = capsys.readouterr().out
+    assert "(python, with DSNET_ALLOW_IMPORTS=1: dsnet.load_bundle(" in told
+    assert ("PHOTO... --allow-imports" in told) == takes_photos
+    for of_run, allows in ((results, False), (own, True)):
+        commands = [shlex.split(command) for _, command in bundle_commands(run, of_run.config)]
+        assert [command[1] for command in commands] == (["predict", "serve"] if takes_photos else ["serve"])
+        assert all(command[2] == str(run.knee_bundle) for command in commands)
+        assert all((command[-1] == "--allow-imports") == allows for command in commands)
 
 
 @pytest.mark.parametrize("width", [60, 80, None])
@@ -94,7 +119,7 @@ def test_the_status_of_supernets_shows_how_to_continue_after_the_driver_was_kill
         named_gates=(),
         supernets={},
         is_verified=False,
-        config=SimpleNamespace(budget=SimpleNamespace(trials=4), metrics=()),
+        config=sweep(budget={"trials": 4}),
         manifest={"test_openings": 0},
     )
     atomic_write_json(run.lock_path, asdict(replace(LockHolder.this_process("dsnet-orch launch"), start_time=1)))
@@ -121,3 +146,18 @@ def test_the_status_shows_how_to_continue_after_the_driver_was_killed(finished: 
     assert f"continue  dsnet-orch launch {shlex.quote(str(run.sweep_yaml))}" in told
     atomic_write_json(run.lock_path, asdict(LockHolder.this_process("dsnet-orch launch")))
     assert "continue  " not in call(folder, "status", "tiny").out, "a driver works on it"
+
+
+def test_messages_are_wrapped_on_a_terminal_and_whole_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "error: a message that is longer than the forty columns of this terminal\nand has two lines"
+    complain(text)
+    assert capsys.readouterr().err == f"{text}\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("COLUMNS", "40")
+    complain(text)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 40
+    assert " ".join(lines) == " ".join(text.split())

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from dsnet.errors import ConfigError
+from orchestration.config.command_lines import has_own_code, has_own_network, launch_command
 from orchestration.config.distribution import Distribution
 from orchestration.config.loading import LoadedConfig, load_config
 from orchestration.config.resolve import enqueued_points, known_fields, resolve_cohort, resolve_space, resolve_trials
@@ -217,6 +218,10 @@ def test_a_layer_with_another_model_begins_without_the_options_of_the_one_below(
     assert other.origins["supernet.options.depth"] == "preset other"
     assert load(sweep, text, preset="same").config.supernet.options == {"width": 0.5}
     assert load(sweep, text, overrides=["supernet.model=ds_resnet"]).config.supernet.options == {}
+    (said,) = load(sweep, text, overrides=["supernet.model=ds_resnet"]).warnings
+    assert said.startswith("--set sets supernet.model to ds_resnet; the options of ds_tiny are left out")
+    assert said.endswith(": supernet.options.width")
+    assert other.warnings == load(sweep, text, preset="same").warnings == ()
     both = ["supernet.model=ds_mbnet", "supernet.options.num_routes=3"]
     assert load(sweep, text, overrides=both).config.supernet.options == {"num_routes": 3}
 
@@ -344,7 +349,7 @@ BAD_VALUES = [
     ),
     (
         "measure: {engine: onnxruntme}",
-        "5:19: measure.engine: unknown engine 'onnxruntme'; did you mean 'onnxruntime'? known: onnxruntime, torch",
+        "5:19: measure.engine: unknown engine 'onnxruntme'; did you mean 'onnxruntime'? known: onnxruntime, openvino, torch",
     ),
     (
         "measure: {device: cuda, engine: onnxruntime}",
@@ -377,6 +382,10 @@ BAD_VALUES = [
     (
         "space: {gate.target: 0.5, supernet.options.num_routes: {int: [1, 4]}}",
         "5:56: space.supernet.options.num_routes: no supernet can be made with 1: ",
+    ),
+    (
+        "export: {register_as: digits}\ntracking: {mlflow: false}",
+        "5:23: export.register_as: a model is registered in MLflow, but tracking.mlflow is false",
     ),
     ("export: {picks: ['max:top3']}", "5:18: export.picks.0: pick 'max:top3': unknown metric 'top3'"),
     (
@@ -985,5 +994,34 @@ def test_a_network_by_import_path_is_imported_and_may_be_made_for_the_images_of_
     ):
         load_model("tests.dsnet.nets:one_channel", "{ratio: [1.0]}")
     monkeypatch.delenv("DSNET_ALLOW_IMPORTS")
-    with pytest.raises(ConfigError, match=r"supernet\.model: .*--allow-imports"):
+    with pytest.raises(ConfigError, match=r"supernet\.model: .*DSNET_ALLOW_IMPORTS=1.*--allow-imports"):
         load_model("tests.dsnet.nets:one_channel")
+
+
+@pytest.mark.parametrize(
+    ("text", "own_code", "own_network"),
+    [
+        ("supernet: {model: ds_tiny}\n", False, False),
+        ("supernet: {model: 'tests.dsnet.nets:one_channel'}\n", True, True),
+        ("supernet: {model: ds_tiny, structure: {method: 'own_methods:mine', targets: [0.5, 1.0]}}\n", True, False),
+        (
+            "supernet: {model: ds_tiny, structure: {method: multi_base, targets: [0.5, 1.0], score: 'own_scores:mine'}}\n",
+            True,
+            False,
+        ),
+        (
+            "supernet: {model: ds_tiny, structure: {targets: [0.5, 1.0]}}\n"
+            "space: {supernet.structure.method: {choice: [uniform, 'own_methods:mine']}, gate.target: 0.5}\n"
+            "supernets: {number: 2}\n",
+            True,
+            False,
+        ),
+    ],
+)
+def test_printed_commands_have_the_flag_where_a_sweep_uses_code_of_the_user(
+    sweep: Path, text: str, own_code: bool, own_network: bool
+) -> None:
+    config = load(sweep, f"version: 1\nname: own\ndata: {{name: digits}}\n{text}", known_models=None).config
+    assert (has_own_code(config), has_own_network(config)) == (own_code, own_network)
+    printed = launch_command(config, Path("my sweeps/own.yaml"))
+    assert printed == "dsnet-orch launch 'my sweeps/own.yaml'" + (" --allow-imports" if own_code else "")

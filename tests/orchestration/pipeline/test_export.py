@@ -89,6 +89,8 @@ def test_picks_are_read_on_val_and_each_trial_is_taken_once(finished: Finished) 
         ("trial-9999", (NotFoundError,), "trial-9999"),
         ("max:top1 where madds_m is small", (ConfigError,), "madds_m is small"),
         ("", (ConfigError, NotFoundError), "pick"),
+        ("kneee", (ConfigError,), "did you mean 'knee'?"),
+        ("kneee", (ConfigError,), "members, front"),
     ],
 )
 def test_a_pick_that_means_nothing_is_refused_and_writes_nothing(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dsnet.measure.latency import MachineLoad
+from dsnet.training import trial_run as trial_run_module
 from dsnet.training.trial_run import TrialRun
 from orchestration.commands.planning import make_plan
 from orchestration.config.loading import load_config
@@ -44,6 +47,17 @@ def test_a_launch_is_forecast_from_steps_of_the_real_network(tmp_path: Path) -> 
     assert found["stages"][0]["disk_bytes"] < 2**25  # a network of a few thousand weights
     assert "forecast" in call(tmp_path, "plan", SWEEP).out
     assert call(tmp_path, "plan", SWEEP, "--dry", "--json").json["forecast"] is None
+
+
+def test_steps_that_other_work_slows_down_do_not_count_if_a_faster_one_was_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = accumulate([0.0, 5.0, 3.0, 3.0, 0.4, 3.0, 3.0, 3.0])  # of which the first step is not timed
+    monkeypatch.setattr(trial_run_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    clock = trial_run_module._StepClock(lambda: None)
+    while not clock.should_stop():
+        pass
+    assert (len(clock.intervals), clock.step_s) == (4, pytest.approx(0.4))
 
 
 def test_a_training_that_diverges_at_once_is_warned_of(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from mlflow.tracking import MlflowClient
 
 from dsnet.arithmetic import arithmetic_facts
 from dsnet.deploy.engines import graph_engines
+from dsnet.deploy.onnx_graphs import SegmentGraphs
 from dsnet.errors import StoppedError
 from dsnet.gates.fit import score_run
 from dsnet.measure.latency import device_name
+from dsnet.network.supernet import Supernet
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from orchestration.commands.planning import prepare_again
@@ -283,15 +286,35 @@ def test_another_space_starts_a_new_study_beside_the_old_one_and_the_way_back_fi
     assert back.verified == old.verified
 
 
+def export_once(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Let a network that is exported again with the same weights keep its graphs, because an export
+    takes seconds; returns the list that gets every request."""
+    export, known, asked = SegmentGraphs.of, dict[object, SegmentGraphs](), list[object]()
+
+    def of(supernet: Supernet, parts: Sequence[str], image_size: int) -> SegmentGraphs:
+        weights = tuple((name, value.numpy().tobytes()) for name, value in supernet.state_dict().items())
+        key = (repr(supernet.subnets), tuple(parts), image_size, weights)
+        asked.append(key)
+        if key not in known:
+            known[key] = export(supernet, parts, image_size)
+        return known[key]
+
+    monkeypatch.setattr(SegmentGraphs, "of", of)
+    return asked
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_device_with_an_engine_says_so_in_tables_report_and_claims(finished: Finished, tmp_path: Path) -> None:
+def test_a_device_with_an_engine_says_so_in_tables_report_and_claims(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnxruntime", reason="extra deploy is not installed")
     pytest.importorskip("onnxscript", reason="extra deploy is not installed")
-    folder = finished.copy(tmp_path)
+    folder, asked = finished.copy(tmp_path), export_once(monkeypatch)
     write_sweep(folder, TINY.replace("measure: {", "measure: {engine: onnxruntime, "), "engine.yaml")
     answer = call(folder, "launch", "engine.yaml", "--trials", "4", *WITHOUT_MLFLOW)
     assert answer.code == 0, answer.err
+    assert len(asked) == 2, "measure and verify each time the graphs"
     new, old = results_in(folder), finished.results
     assert new.stage_key("supernet") == old.stage_key("supernet")
     assert new.stage_key("measure") != old.stage_key("measure")

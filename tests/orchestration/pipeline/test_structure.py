@@ -364,7 +364,10 @@ def test_routing_is_checked_against_the_names_that_are_expected(tmp_path: Path) 
     [
         ("{method: gredy, targets: [0.5]}", ["supernet.structure.method", "gredy", "did you mean 'greedy'"]),
         ("{method: greedy}", ["there is none", "supernet.structure.targets"]),
-        ("{method: uniform, targets: [0.5], targets_m: [1.0]}", ["alternatives to each other"]),
+        (
+            "{method: uniform, targets: [0.5], targets_m: [1.0]}",
+            ["supernet.structure.targets_m is set", "alternatives to each other"],
+        ),
         ("{method: uniform, targets: [0.01, 1.0], pin: gate}", ["no sub-network has", "the nearest"]),
         ("{method: uniform, targets: [0.5, 1.0], step: 500, pin: gate}", ["step is 500", "has only"]),
         ("{method: list, widths: {a: [1, 2]}}", ["has 2 widths"]),

@@ -157,6 +157,13 @@ def test_a_change_invalidates_the_stage_and_those_below_and_says_why(run: RunDir
     assert reasons["search"] == ("it reads the table stage, which changed",)
 
 
+def test_a_changed_digest_is_told_in_words(run: RunDir) -> None:
+    before = replace(SUPERNET, config={"layout": "a" * 64, "start": None, "bases": ["b" * 64]})
+    run_all(run, [before])
+    after = replace(before, config={"layout": "c" * 64, "start": "d" * 64, "bases": ["b" * 64]})
+    assert plan_stages(run, [after])[0].reasons == ("the network's layout changed", "the start weights changed")
+
+
 def test_changing_the_space_leaves_the_supernet_alone(run: RunDir) -> None:
     run_all(run, [SUPERNET, TABLE, SEARCH])
     search = replace(SEARCH, config={"space": {"gate.target": {"uniform": [0.1, 0.9]}}})

@@ -115,7 +115,7 @@ def test_a_query_chooses_the_point_that_the_bundle_chooses(bundle: Bundle) -> No
 @pytest.mark.parametrize(
     ("query", "error", "reason"),
     [
-        ({"budget": "1"}, ConfigError, "the query.budget: unknown"),
+        ({"budget": "1"}, ConfigError, "unknown parameter 'budget' in the query; did you mean 'budget_madds'"),
         ({"budget_madds": "1", "point": "gate"}, ConfigError, "budget_madds and point"),
         ({"budget_madds": "few"}, ConfigError, "'few', but must be a number"),
         ({"budget_madds": "nan"}, ConfigError, "must be above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,5 +54,9 @@ def test_methods_meet_on_one_front_and_equal_choices_are_made_once(tmp_path: Pat
     assert {method: len(files) for method, files in chosen.items()} == {"uniform": 1, "greedy": 1}
     assert answer.err.count("structure: us_net") <= 2, "one network of one epoch is trained, for both members"
     page = (tmp_path / "runs" / "nets" / "report.html").read_text()
-    assert "Training (MAdds)" in page
+    assert "Sub-networks (MAdds)" in page
+    assert "stops the worse ones" not in page
+    for name, method in methods.items():
+        assert re.search(rf"^{name} \({method}\b.*\): search:", answer.err, re.MULTILINE)
+    assert all(f"{gate.supernet} ({methods[gate.supernet]}" in answer.out for gate in results.front_gates)
     assert call(tmp_path, "launch", SWEEP, *WITHOUT_MLFLOW).code == 0

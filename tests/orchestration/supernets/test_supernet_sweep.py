@@ -244,6 +244,8 @@ def _comparable(rows: list[Run]) -> list[tuple[Any, ...]]:
             row.info.end_time,
             sorted((key, value) for key, value in row.data.params.items() if key not in PATHS),
             sorted(row.data.metrics.items()),
+            sorted((used.dataset.name, used.dataset.digest) for used in row.inputs.dataset_inputs),
+            len(row.outputs.model_outputs),
             sorted(
                 (key, value) for key, value in row.data.tags.items() if not key.startswith("mlflow.") and key != "root"
             ),
@@ -272,6 +274,9 @@ def test_mlflow_has_one_tree_and_sync_builds_the_same(swept: Swept, tmp_path: Pa
     assert places == expected
     assert {row.info.status for row in rows} == {"FINISHED"}
     assert len({row.data.tags["root"] for row in rows}) == 1
+    for row in rows:  # the splits are those of every supernet; the knee of all is exported from the sweep's folder
+        assert len(row.inputs.dataset_inputs) == (4 if row.data.tags["kind"] == "sweep" else 0)
+        assert len(row.outputs.model_outputs) == (1 if row.data.tags["uid"] == row.data.tags["root"] else 0)
     on_front = {row.info.run_name for row in rows if row.data.tags.get("on_front") == "true"}
     assert on_front == {gate.name for gate in results.front_gates}
     for row in rows:

@@ -26,6 +26,8 @@ def make_store(runs: Path, location: str | None = None) -> Path:
         connection.execute("CREATE TABLE runs (run_uuid TEXT, artifact_uri TEXT)")
         connection.execute("INSERT INTO experiments VALUES (0, 'mlflow-artifacts:/0'), (1, ?)", (place,))
         connection.executemany("INSERT INTO runs VALUES (?, ?)", [(f"r{k}", f"{place}/r{k}/artifacts") for k in (0, 1)])
+        connection.execute("CREATE TABLE model_versions (source TEXT, storage_location TEXT)")
+        connection.execute("INSERT INTO model_versions VALUES (?, ?)", 2 * (f"{place}/models/m0/artifacts",))
         connection.execute("INSERT INTO experiment_tags VALUES (?, '{}', 1)", (view_tag("photos/1234"),))
         connection.commit()
     return runs
@@ -37,18 +39,26 @@ def mend(runs: Path) -> int:
 
 def locations(runs: Path) -> list[str]:
     with closing(sqlite3.connect(runs / "mlflow.db")) as connection:
-        found = connection.execute("SELECT artifact_location FROM experiments UNION SELECT artifact_uri FROM runs")
+        columns = (("artifact_location", "experiments"), ("artifact_uri", "runs"))
+        columns += (("source", "model_versions"), ("storage_location", "model_versions"))
+        found = connection.execute(" UNION ".join(f"SELECT {column} FROM {table}" for column, table in columns))
         return sorted(location for (location,) in found)
 
 
 def expected(runs: Path) -> list[str]:
     place = (runs / ROOT / "my photos").as_uri()
-    return [place, f"{place}/r0/artifacts", f"{place}/r1/artifacts", "mlflow-artifacts:/0"]
+    return [
+        place,
+        f"{place}/models/m0/artifacts",
+        f"{place}/r0/artifacts",
+        f"{place}/r1/artifacts",
+        "mlflow-artifacts:/0",
+    ]
 
 
 def test_a_folder_that_was_moved_names_its_new_place_once(tmp_path: Path) -> None:
     make_store(tmp_path / "old runs").rename(tmp_path / "new")
-    assert mend(tmp_path / "new") == 3
+    assert mend(tmp_path / "new") == 5
     assert locations(tmp_path / "new") == expected(tmp_path / "new")
     assert mend(tmp_path / "new") == 0
 
@@ -56,7 +66,7 @@ def test_a_folder_that_was_moved_names_its_new_place_once(tmp_path: Path) -> Non
 def test_a_copy_names_its_own_artifacts_and_leaves_the_original_alone(tmp_path: Path) -> None:
     original = make_store(tmp_path / "original")
     shutil.copytree(original, tmp_path / "copy")
-    assert mend(tmp_path / "copy") == 3
+    assert mend(tmp_path / "copy") == 5
     assert locations(tmp_path / "copy") == expected(tmp_path / "copy")
     assert mend(original) == 0
     assert locations(original) == expected(original)

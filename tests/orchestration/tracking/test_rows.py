@@ -11,10 +11,20 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
+from dsnet.files import read_json
 from orchestration.runs.curves import CurvePoint
 from orchestration.runs.folder import mlflow_store_uri
-from orchestration.tracking.protocol import NullTracker, TrackedRun
-from orchestration.tracking.rows import replay, subnet_rows, supernet_row, sweep_end_ms, sweep_row, trial_row, unix_ms
+from orchestration.tracking.protocol import NullTracker, TrackedBundle, TrackedData, TrackedRun
+from orchestration.tracking.rows import (
+    replay,
+    subnet_rows,
+    supernet_row,
+    sweep_end_ms,
+    sweep_row,
+    sweep_uid,
+    trial_row,
+    unix_ms,
+)
 from search.front.points import trial_name
 from tests.orchestration.samples import Finished, call, problems_of_message, results_in
 
@@ -28,6 +38,8 @@ class Recorder(NullTracker):
         self.series_points: list[CurvePoint] = []
         self.files: list[str] = []
         self.current: list[str] = []
+        self.splits: list[str] = []
+        self.bundles: list[TrackedBundle] = []
 
     def parent(self, run: TrackedRun) -> None:
         self.rows.append(run)
@@ -53,6 +65,12 @@ class Recorder(NullTracker):
     def artifact(self, path: Path) -> None:
         self.files.append(path.name)
 
+    def datasets(self, datasets: Sequence[TrackedData]) -> None:
+        self.splits += [data.split for data in datasets]
+
+    def bundle(self, bundle: TrackedBundle) -> None:
+        self.bundles.append(bundle)
+
 
 def rows_of(runs: Path) -> dict[str, Any]:
     """Everything in a store that is ours, by uid; ids and MLflow's own tags left out."""
@@ -66,6 +84,8 @@ def rows_of(runs: Path) -> dict[str, Any]:
             "status": row.info.status,
             "times": (row.info.start_time, row.info.end_time),
             "params": row.data.params,
+            "datasets": sorted((used.dataset.name, used.dataset.digest) for used in row.inputs.dataset_inputs),
+            "models": [_model_facts(client, output.model_id) for output in row.outputs.model_outputs],
             "tags": {name: value for name, value in row.data.tags.items() if not name.startswith("mlflow.")},
             "metrics": {
                 name: sorted((p.step, p.timestamp, p.value) for p in client.get_metric_history(row.info.run_id, name))
@@ -74,6 +94,12 @@ def rows_of(runs: Path) -> dict[str, Any]:
         }
         for row in found
     }
+
+
+def _model_facts(client: MlflowClient, model_id: str) -> tuple[object, ...]:
+    model = client.get_logged_model(model_id)
+    tags = {name: value for name, value in model.tags.items() if not name.startswith("mlflow.")}
+    return model.name, str(model.status), model.params, tags
 
 
 def test_syncing_into_an_empty_store_writes_the_rows_of_the_launch_and_doing_it_again_changes_nothing(
@@ -88,8 +114,12 @@ def test_syncing_into_an_empty_store_writes_the_rows_of_the_launch_and_doing_it_
     assert once.keys() == live.keys()
     for uid, row in once.items():
         assert row == live[uid], uid
+    assert len(once[sweep_uid(finished.results.manifest, finished.run)]["models"]) == 1
+    assert call(folder, "export", "tiny", "--register", "digits.gates").code == 0
     assert call(folder, "sync", "tiny").code == 0
     assert rows_of(folder / "runs") == once
+    (version,) = MlflowClient(mlflow_store_uri(folder / "runs")).search_model_versions("name = 'digits.gates'")
+    assert version.tags == {"bundle": read_json(finished.run.export_dir / "knee" / "bundle.json")["sha256"]}
     results = finished.results
     trials = {row["name"]: row for row in once.values() if row["tags"]["kind"] == "trial"}
     for tag, slots in (("on_front", set(results.front)), ("is_knee", {results.knee})):
@@ -130,6 +160,11 @@ def test_a_replay_tells_parent_supernet_subnets_and_trials_in_this_order(finishe
         assert [point.step for point in points] == sorted(
             point.step for point in points
         )  # from left to right, no zigzag
+    assert recorder.splits == ["train", "gate", "val", "test"]
+    exported = (results.run.export_dir / "knee").resolve()
+    assert [(bundle.path.resolve(), bundle.name, bundle.register) for bundle in recorder.bundles] == [
+        (exported, exported.name, None)
+    ], "the link to it is not another bundle"
     assert recorder.files == ["sweep.yaml", "points.parquet", "report.html", "front.png"]
 
 

@@ -12,16 +12,17 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
-from mlflow.entities import Run
+from mlflow.entities import LoggedModel, Run
 from mlflow.tracking import MlflowClient
 
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.tracking import background
 from orchestration.tracking.background import FAILURES_BEFORE_PAUSE, MlflowTracker
 from orchestration.tracking.process import MlflowWriter, SharedWriter, is_on_local_disk
-from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker, TrackingSummary
+from orchestration.tracking.protocol import NullTracker, TrackedBundle, TrackedRun, Tracker, TrackingSummary
 from orchestration.tracking.store import NOTE_TAG, MlflowStore, clean_params, mlflow_environment
 from orchestration.tracking.view import view_tag
 from tests.orchestration.tracking.samples import (
@@ -310,6 +311,97 @@ def test_a_killed_driver_is_resumed_and_ends_like_one_that_was_not(
     assert resumed["digits"].info.run_id == killed["digits"].info.run_id
     losses = [database.history(runs["digits/aaaa/supernet"], "loss/largest") for runs in (resumed, undisturbed)]
     assert losses[0] == losses[1]
+
+
+class Dying:
+    """A client whose process is killed when it calls one method."""
+
+    def __init__(self, client: MlflowClient, method: str) -> None:
+        self._client = client
+        self._method = method
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._method:
+            raise KeyboardInterrupt
+        return getattr(self._client, name)
+
+
+def write_bundle(folder: Path, digest: str, *formats: str) -> Path:
+    """The folder of a bundle, with as much content as MLflow is told."""
+    for name in formats:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "trunk.onnx").touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"spec": {"family": "ds_tiny"}, "router": {"kind": "gate"}, "claims": {"val": {"top1": 0.5}}}
+    manifest = {**content, "image_shape": [1, 8, 8], "sha256": digest}
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_bundle_has_one_model_and_one_version_whenever_a_process_was_killed(
+    database: Database, experiment: str, tmp_path: Path
+) -> None:
+    parent, name, client = parent_run("digits"), "killed.gates", MlflowClient(database.uri)
+    bundle = TrackedBundle(write_bundle(tmp_path / "trial-0007", "ab12"), "trial-0007", name)
+
+    def store(dies_in: str | None = None) -> MlflowStore:
+        new = MlflowStore(database.uri, experiment, database.artifacts)
+        new.connect()
+        assert new._client is not None
+        new._client = new._client if dies_in is None else Dying(new._client, dies_in)  # type: ignore[assignment]
+        return new
+
+    def models() -> list[LoggedModel]:
+        found = client.get_experiment_by_name(experiment)
+        assert found is not None
+        return list(client.search_logged_models([found.experiment_id]))
+
+    statuses = []
+    for method in ("log_outputs", "log_model_artifacts", "finalize_logged_model", "create_model_version"):
+        with pytest.raises(KeyboardInterrupt):
+            store(method).add_bundle(parent, bundle)
+        statuses.append([str(model.status) for model in models()])
+    assert statuses == [["PENDING"], ["PENDING"], ["PENDING"], ["READY"]]
+    for _ in range(2):
+        store().add_bundle(parent, bundle)
+    (model,) = models()
+    (version,) = client.search_model_versions(f"name = '{name}'")
+    assert version.source == model.artifact_location
+    assert version.tags["bundle"] == model.tags["bundle"] == "ab12"
+    assert model.params == {"family": "ds_tiny", "router": "gate", "val.top1": "0.5"}
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": name, "version": version.version}]
+    run = database.runs(experiment)["digits"]
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+
+    again = write_bundle(tmp_path / "with a further format" / "trial-0007", "ab12", "onnx")
+    store().add_bundle(parent, replace(bundle, path=again))
+    (same,) = models()
+    assert (same.model_id, same.tags["formats"]) == (model.model_id, "onnx")
+    files = Path(unquote(model.artifact_location.removeprefix("file://")))
+    assert (files / "artifacts" / "trial-0007" / "onnx" / "trunk.onnx").is_file()
+    assert len(client.search_model_versions(f"name = '{name}'")) == 1
+
+    other = write_bundle(tmp_path / "another" / "trial-0007", "cd34")
+    store().add_bundle(parent, replace(bundle, path=other))
+    assert (len(models()), len(client.search_model_versions(f"name = '{name}'"))) == (2, 2)
+
+
+def test_whoever_adds_a_bundle_while_a_launch_works_leaves_its_rows_alone(
+    database: Database, experiment: str, tmp_path: Path
+) -> None:
+    launch = database.tracker(experiment)
+    launch.parent(parent_run("digits"))
+    launch.supernet(supernet_run("digits", "RUNNING"))
+    written(launch, 3)
+    export = database.tracker(experiment)
+    export.attach(replace(parent_run("digits"), status="FINISHED", end_ms=NOW_MS))
+    export.bundle(TrackedBundle(write_bundle(tmp_path / "trial-0001", "ef56"), "trial-0001"))
+    assert export.close("FINISHED", NOW_MS, TIMEOUT_S) == TrackingSummary(num_written=3)
+    runs = database.runs(experiment)
+    assert {run.info.status for run in runs.values()} == {"RUNNING"}
+    assert len(runs["digits"].outputs.model_outputs) == 1
+    launch.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
 
 
 def test_what_a_killed_driver_left_running_is_closed_at_start_up(database: Database, experiment: str) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,23 @@ def gate(*routes: int) -> GateRouter:
     return GateRouter(torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), routes)
 
 
+@cache
+def forecast_of_table() -> RouteForecast:
+    """The forecast of `table_of()`; training one takes most of a second."""
+    return RouteForecast.fit(table_of())
+
+
+@cache
+def forecast_of_large_table() -> RouteForecast:
+    """The forecast of `large_table(400)`."""
+    return RouteForecast.fit(large_table(400))
+
+
 def analysis_of(routers: Mapping[int, Router], contenders: Mapping[BudgetPick, Router] | None = None) -> SplitAnalysis:
     table = table_of()
-    forecast = RouteForecast.fit(table)
-    return analyse_split(forecast, table, table, routers, contenders or {}, num_classes=3, bootstrap=Bootstrap(200))
+    return analyse_split(
+        forecast_of_table(), table, table, routers, contenders or {}, num_classes=3, bootstrap=Bootstrap(200)
+    )
 
 
 def decision_m(router: Router) -> float:
@@ -236,8 +250,7 @@ def large_table(num_images: int, *, seed: int = 0, split: str = "val") -> Routin
 
 @pytest.mark.slow
 def test_points_that_the_images_cannot_tell_apart_are_tied_and_others_at_that_cost_are_not() -> None:
-    table = large_table(400)
-    forecast = RouteForecast.fit(table)
+    table, forecast = large_table(400), forecast_of_large_table()
     contenders: dict[BudgetPick, Router] = {
         BudgetPick("gate", 0.5, 7): always(1),
         BudgetPick("gate", 0.75, 9): always(2),
@@ -258,7 +271,7 @@ def test_points_at_other_costs_are_never_tied() -> None:
 @pytest.mark.slow
 def test_the_fronts_optimism_is_its_mean_loss_of_top1_between_the_splits() -> None:
     val, test = large_table(400), large_table(500, seed=1, split="test")
-    forecast = RouteForecast.fit(val)
+    forecast = forecast_of_large_table()
     routers: dict[int, Router] = {0: always(0), 2: always(2)}
     chosen, reported = (
         analyse_split(forecast, val, table, routers, {}, num_classes=7, bootstrap=Bootstrap(300))
@@ -276,8 +289,7 @@ def test_the_fronts_optimism_is_its_mean_loss_of_top1_between_the_splits() -> No
 
 @pytest.mark.slow
 def test_stability_is_judged_in_the_objectives_of_the_sweep() -> None:
-    table = table_of()
-    forecast = RouteForecast.fit(table)
+    table, forecast = table_of(), forecast_of_table()
     routers: dict[int, Router] = {1: always(2), 2: always(1)}  # route 1 is cheaper, and as good but for one image
 
     def stability(*objectives: tuple[str, Goal], latency_ms: tuple[float, float] = (1.0, 1.0)) -> list[float]:

@@ -1,0 +1,164 @@
+"""Bundles in the formats of other programs: each file alone gives what the bundle gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsnet.data.photos import PhotoDecoder
+from dsnet.deploy.bundle import load_bundle
+from dsnet.deploy.engines import TORCH
+from dsnet.deploy.exporters import CheckedExporter, exporters
+from dsnet.errors import ConfigError, VerificationError
+from dsnet.routers.fixed import FixedRouter
+from tests.dsnet.deploy.test_bundle import save
+from tests.dsnet.deploy.test_engines import SUPERNETS, saved_with_routers
+from tests.dsnet.samples import random_pixels, small_supernet
+
+onnx = pytest.importorskip("onnx", reason="extra deploy is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="extra deploy is not installed")
+pytestmark = pytest.mark.slow
+
+ONE_IMAGE = ("onnx_single", "torch_export")
+KINDS = {
+    "one gate": ("gate", "evidence_gate", "cascade", "learned_cascade"),
+    "three gates": ("gates", "cascade"),
+}
+
+
+@pytest.fixture(scope="module")
+def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A bundle with a point for each of several kinds of router, by the name of the supernet."""
+    base = tmp_path_factory.mktemp("formats")
+    return cache(lambda name: saved_with_routers(base / name, SUPERNETS[name](), KINDS[name]))
+
+
+def written(bundle: Path, name: str) -> Path:
+    exporter, folder = exporters()[name], bundle / name
+    if not folder.exists():
+        folder.mkdir()
+        exporter.write(bundle, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", SUPERNETS)
+@pytest.mark.parametrize("kind", ONE_IMAGE)
+def test_one_file_decides_and_classifies_as_the_bundle_does(
+    bundle_of: Callable[[str], Path], kind: str, name: str
+) -> None:
+    path = bundle_of(name)
+    folder, exporter = written(path, kind), exporters()[kind]
+    assert isinstance(exporter, CheckedExporter)
+    assert exporter.check(path, folder) == 16
+    bundle, pixels = load_bundle(path, engine=TORCH), random_pixels(12, seed=5)
+    taken = set()
+    for point in bundle.operating_points:
+        expected = bundle.at(point.name)(pixels)
+        taken |= set(expected.routes.tolist())
+        for row, image in enumerate(pixels.split(1)):
+            logits, route = _run(folder, point.name, image)
+            assert int(route) == int(expected.routes[row])
+            torch.testing.assert_close(logits.softmax(1)[0], expected.probabilities[row], rtol=1e-4, atol=1e-4)
+    assert len(taken) > 1
+
+
+@cache
+def _opened(file: Path) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    if file.suffix == ".pt2":
+        return torch.export.load(file).module()  # type: ignore[return-value]
+    session = onnxruntime.InferenceSession(file)
+
+    def run(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, route = session.run(None, {"pixels": pixels.numpy()})
+        return torch.from_numpy(logits), torch.from_numpy(route)
+
+    return run
+
+
+def _run(folder: Path, point: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    (file,) = folder.glob(f"{point}.*")
+    return _opened(file)(image)
+
+
+def test_a_graph_has_every_weight_once(bundle_of: Callable[[str], Path]) -> None:
+    for file in written(bundle_of("three gates"), "onnx_single").iterdir():
+        weights = [weight for weight in _weights(onnx.load(file).graph) if any(weight.raw_data)]
+        large = [weight.raw_data for weight in weights if len(weight.raw_data) > 256]
+        assert len({weight.name for weight in weights}) == len(weights)
+        assert len(set(large)) == len(large)
+
+
+def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _weights(attribute.g)
+
+
+def test_static_networks_take_batches_of_any_size(bundle_of: Callable[[str], Path]) -> None:
+    path = bundle_of("one gate")
+    folder, exporter = written(path, "static"), exporters()["static"]
+    assert isinstance(exporter, CheckedExporter)
+    assert exporter.check(path, folder) == 16
+    bundle, pixels = load_bundle(path, engine=TORCH), random_pixels(5, seed=8)
+    for route, name in enumerate(bundle.route_names):
+        expected = bundle.net.with_router(FixedRouter(route))(bundle.normalization.apply(pixels)).logits
+        session = onnxruntime.InferenceSession(folder / f"{name}.onnx")
+        (logits,) = session.run(None, {"pixels": pixels.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
+        program = torch.export.load(folder / f"{name}.pt2").module()
+        torch.testing.assert_close(program(pixels), expected, rtol=1e-3, atol=1e-4)
+
+
+PHOTO = """
+import json, sys
+import numpy as np, onnxruntime
+from PIL import Image
+photo = np.asarray(Image.open(sys.argv[2]).convert("RGB"))
+session = onnxruntime.InferenceSession(sys.argv[1])
+logits, route, pixels = session.run(None, {"photo": photo})
+print(json.dumps([int(logits.argmax()), int(route[0]), "torch" in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
+def test_one_call_takes_a_photo_in_a_process_without_torch(tmp_path: Path, crop_fraction: float) -> None:
+    supernet = small_supernet()
+    path = save(tmp_path / "bundle", supernet, photos=PhotoDecoder(3, 16, 16, crop_fraction))
+    folder, exporter = written(path, "onnx_photo"), exporters()["onnx_photo"]
+    assert isinstance(exporter, CheckedExporter)
+    assert exporter.check(path, folder) == 16
+    photo = tmp_path / "photo.png"
+    from PIL import Image
+
+    Image.fromarray(random_pixels(1, size=64)[0].permute(1, 2, 0).numpy()).resize((90, 61)).save(photo)
+    command = [sys.executable, "-I", "-c", PHOTO, folder / "classifier.onnx", photo]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
+    (expected,) = load_bundle(path, engine=TORCH).predict([photo])
+    label, route, has_torch = json.loads(answer.stdout)
+    bundle = load_bundle(path)
+    assert (bundle.class_names[label], bundle.route_names[route]) == (expected.class_name, expected.route)
+    assert not has_torch
+
+
+def test_what_is_not_the_exported_file_or_cannot_be_written_is_told(tmp_path: Path) -> None:
+    path = save(tmp_path / "grey", small_supernet(), photos=PhotoDecoder(3, 8, 16))
+    with pytest.raises(ConfigError, match="format onnx_photo is for RGB photos that are resized once"):
+        written(path, "onnx_photo")
+    folder, exporter = written(path, "onnx_single"), exporters()["onnx_single"]
+    assert isinstance(exporter, CheckedExporter)
+    other = save(tmp_path / "other", small_supernet(seed=7))
+    with pytest.raises(VerificationError, match="example 0"):
+        exporter.check(other, folder)
+    (folder / "classifier.onnx").unlink()
+    with pytest.raises(VerificationError, match=r"classifier\.onnx: missing; export the bundle again"):
+        exporter.check(path, folder)
