@@ -22,6 +22,7 @@ from dashboards.theme import (
     ORANGE,
     PURPLE,
     VERMILION,
+    colour_bar,
     dressed,
     finite,
     note,
@@ -325,11 +326,7 @@ def _colour_axis(info: FrontInfo) -> dict[str, Any]:
         "reversescale": info.further.goal == "maximize",
         "cmin": min(values, default=0.0),
         "cmax": max(values, default=1.0),
-        "colorbar": {
-            "title": {"text": f"{plain(info.further.metric)}{unit}", "side": "right", "font": {"size": 12}},
-            "thickness": 12,
-            "outlinewidth": 0,
-        },
+        "colorbar": colour_bar(f"{plain(info.further.metric)}{unit}"),
     }
 
 

@@ -130,6 +130,9 @@ class Headline:
     optimism: Estimate | None = None
     """Mean top-1 of the rows on `chosen_split` minus that on `reported_split`, unpaired; None
     before verification."""
+    warnings: tuple[str, ...] = ()
+    """Sentences that put the cards into question, e.g. that a static sub-network is better than the
+    knee; shown above them."""
     chosen_split: str = "val"
     reported_split: str = "test"
 
@@ -143,7 +146,13 @@ def headline_section(headline: Headline) -> str:
     table = _table(headline) if headline.baseline or headline.rows else ""
     if not headline.rows:
         return f'<section><p class="empty">No router on the front yet.</p>{table}</section>'
-    return f"<section>{_cards(headline)}{_optimism(headline)}{table}{_table_legend(headline)}</section>"
+    return f"<section>{_warnings(headline)}{_cards(headline)}{_optimism(headline)}{table}{_table_legend(headline)}</section>"
+
+
+def _warnings(headline: Headline) -> str:
+    if not headline.warnings:
+        return ""
+    return f'<div class="notes" role="note">{"<br>".join(map(escape, headline.warnings))}</div>'
 
 
 def _optimism(headline: Headline) -> str:
@@ -247,7 +256,8 @@ def _latency_lines(latency: Latency | None) -> tuple[str, list[str]]:
         return "not measured", ["the verify stage measures latency"]
     return f"{latency.speedup:.2f}x", [
         f"at most {latency.ceiling:.2f}x, with the cheapest static alone",
-        f"{significant(latency.median_ms)} ms instead of {significant(latency.widest_ms)} ms, batch size {latency.batch_size}",
+        f"{significant(latency.median_ms)} ms instead of {significant(latency.widest_ms)} ms, batch size {latency.batch_size},",
+        "timed by the verify stage",
     ]
 
 
@@ -392,6 +402,20 @@ def _table_legend(headline: Headline) -> str:
         "difference in top-1 includes 0 and their mean MAdds differ by at most 1 %. Shares of a gap are left out where the gap is "
         "within its noise. All intervals are conditional on one trained supernet."
     )
+    if any(row.latency is not None for row in headline.rows):
+        text += (
+            " The verify stage timed the gates and the two static sub-networks of the latencies here together; it is another timing than "
+            "that of the measure stage, which is shown with the static sub-networks, and the times of the two may differ."
+        )
+    if any(row.is_collapsed for row in headline.rows):
+        text += (
+            " Collapsed: one route answers more than 99 % of the images, so that the router only adds its own cost to that static "
+            "sub-network."
+        )
+    if any(row.shown.is_cascade_collapsed for row in headline.rows):
+        text += (
+            " A collapsed cascade, among the controls, runs its second route for nearly all images or for nearly none."
+        )
     return f'<p class="sub">{escape(text)}</p>'
 
 

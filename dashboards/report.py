@@ -188,6 +188,8 @@ def _routers_section(data: ReportData) -> str:
         "the oracle; a share may exceed 100 %, because the reachable curve is an estimate, and is left out where the gap is "
         "within its noise. A kind without a trial within a budget is left out. About one interval in twenty excludes 0 by chance."
     )
+    if any(result.is_collapsed for result in info.results):
+        caption += " Collapsed: one route answers more than 99 % of the images."
     return _section(title, caption, chart("routers", routers_figure(info)) + routers_table(info))
 
 
@@ -259,6 +261,12 @@ def _widths_section(data: ReportData) -> str:
         "Accuracy and latency of the sub-networks without a router. No routing between them can be faster than the cheapest one. "
         "The latency axis is logarithmic; bars are interquartile ranges."
     )
+    if info.latency:
+        caption += (
+            " The measure stage timed every sub-network by itself before the search. The speed-ups of routers at the top come from "
+            "a later timing, by the verify stage, of the gates together with the widest and the cheapest sub-network. Hence the same "
+            "sub-network has two times, which differ most if the machine was busy."
+        )
     if data.naming:
         caption += f" {data.naming}"
     return _section(
@@ -267,13 +275,13 @@ def _widths_section(data: ReportData) -> str:
 
 
 def _widths_table(info: WidthsInfo) -> str:
-    heads = ["Sub-network", "MAdds (M)", "Parameters (M)", "Top-1 (%)", "Top-5 (%)"]
+    heads = ["Sub-network", "MAdds (M)", "Parameters (M)", "Top-1 (%)", *(["Top-5 (%)"] if info.has_top5 else [])]
     heads += [f"Batch of {s.batch_size} (ms)" for s in info.latency]
     columns = [
         [significant(v) for v in info.madds_m],
         [significant(v) for v in info.params_m],
         [f"{100 * v:.1f}" for v in info.top1],
-        [f"{100 * v:.1f}" for v in info.top5],
+        *([[f"{100 * v:.1f}" for v in info.top5]] if info.has_top5 else []),
         *([significant(v) for v in s.median_ms] for s in info.latency),
     ]
     head = "".join(f'<th class="{"number" if k else ""}" scope="col">{escape(h)}</th>' for k, h in enumerate(heads))
@@ -289,7 +297,12 @@ def _ceiling_row(info: WidthsInfo) -> str:
     """Table row of the ratios widest / cheapest: MAdds, parameters, and latency, which is the
     ceiling of any speed-up."""
     ratios = [info.madds_m[-1] / info.madds_m[0], info.params_m[-1] / info.params_m[0]]
-    shown = [*(f"{r:.2f}x" for r in ratios), "", "", *(f"{s.ceiling:.2f}x" for s in info.latency)]
+    shown = [
+        *(f"{r:.2f}x" for r in ratios),
+        "",
+        *([""] if info.has_top5 else []),
+        *(f"{s.ceiling:.2f}x" for s in info.latency),
+    ]
     cells = "".join(f'<td class="number">{text}</td>' for text in shown)
     return f'<tr class="baseline"><td>widest / cheapest</td>{cells}</tr>'
 
@@ -306,6 +319,11 @@ def _structure_section(data: ReportData) -> str:
             " Below, every sub-network that the search scored on images of train which its network had not seen. The chosen ones "
             "were chosen by these accuracies, which are therefore optimistic; those on val are above."
         )
+        if info.chosen_before:
+            caption += (
+                " A sub-network that was chosen is marked twice where the network was fine-tuned during the search: open marks are "
+                "its accuracies before, filled ones after the last fine-tuning."
+            )
         content += chart("search", search_figure(info))
     return _section("Choice of sub-networks", caption, content)
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from dashboards.theme import INK, cost_colours, dressed, note, plain
+from dashboards.theme import INK, colour_bar, cost_colours, dressed, note, plain
 from dsnet.wording import plural
 
 ROW_HEIGHT_PX = 30
@@ -147,15 +147,7 @@ def class_routes_figure(info: RoutesInfo, gate: str) -> go.Figure:
             ygap=1,
             customdata=counts.tolist(),
             hovertemplate="class %{y}, %{x}<br>%{z:.1f} % (%{customdata} images)<extra></extra>",
-            colorbar={
-                "title": {"text": "share of<br>the class (%)", "font": {"size": 12}},
-                "thickness": 12,
-                "outlinewidth": 0,
-                "lenmode": "pixels",
-                "len": 240,
-                "y": 1,
-                "yanchor": "top",
-            },
+            colorbar=colour_bar("share of the class (%)") | {"lenmode": "pixels", "len": 240, "y": 1, "yanchor": "top"},
         )
     )
     figure.update_xaxes(type="category", showgrid=False, tickfont={"color": INK})

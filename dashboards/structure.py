@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from dashboards.theme import MUTED, VERMILION, dressed, percent, plain
+from dashboards.theme import MUTED, VERMILION, colour_bar, dressed, percent, plain
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class StructureInfo:
     """[groups] all channels."""
     candidates: tuple[Scored, ...] = ()
     chosen: tuple[Scored, ...] = ()
-    """The candidates that became a sub-network."""
+    """The candidates that became a sub-network, with their last scores."""
+    chosen_before: tuple[Scored, ...] = ()
+    """Their earlier scores, by the network before it was fine-tuned during the search."""
     num_images: int = 0
     """Images of the hold-out."""
 
@@ -63,7 +65,7 @@ def channels_figure(info: StructureInfo) -> go.Figure:
             zmin=0,
             zmax=100,
             colorscale="Blues",
-            colorbar={"title": {"text": "channels (%)"}},
+            colorbar=colour_bar("channels (%)"),
             text=hover,
             hoverinfo="text",
             xgap=1,
@@ -79,21 +81,23 @@ def channels_figure(info: StructureInfo) -> go.Figure:
 def search_figure(info: StructureInfo) -> go.Figure:
     """Accuracy on the hold-out (%) of every candidate against its MAdds (M)."""
 
-    def trace(points: tuple[Scored, ...], name: str, colour: str, size: int) -> go.Scatter:
+    def trace(points: tuple[Scored, ...], name: str, colour: str, size: int, symbol: str = "circle") -> go.Scatter:
         return go.Scatter(
             x=[point.madds_m for point in points],
             y=[100 * point.top1 for point in points],
             name=name,
             mode="markers",
-            marker={"color": colour, "size": size},
+            marker={"color": colour, "size": size, "symbol": symbol, "line": {"width": 1.5, "color": colour}},
             text=[f"{name}<br>{percent(point.top1)}<br>{point.madds_m:.4g} M MAdds" for point in points],
             hoverinfo="text",
         )
 
+    both = bool(info.chosen_before)
     figure = go.Figure(
         [
             trace(info.candidates, "candidate", MUTED, 5),
-            trace(info.chosen, "chosen", VERMILION, 9),
+            *([trace(info.chosen_before, "chosen, before fine-tuning", VERMILION, 9, "circle-open")] if both else []),
+            trace(info.chosen, "chosen, after fine-tuning" if both else "chosen", VERMILION, 9),
         ]
     )
     figure.update_xaxes(title_text="MAdds per image (M)", rangemode="tozero")

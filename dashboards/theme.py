@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from typing import Final
+from typing import Any, Final
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
@@ -103,6 +103,15 @@ def router_symbol(kind: str) -> str:
     """Its marker."""
     known = router_kinds().get(kind)
     return "hexagon" if known is None else known.symbol
+
+
+def colour_bar(title: str) -> dict[str, Any]:
+    """The colour bar of a heat map; above it its title would touch the uppermost label."""
+    return {
+        "title": {"text": title, "font": {"size": 12}, "side": "right"},
+        "thickness": 12,
+        "outlinewidth": 0,
+    }
 
 
 def percent(fraction: float, digits: int = 1) -> str:

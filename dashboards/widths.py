@@ -44,6 +44,8 @@ class WidthsInfo:
     top5: tuple[float, ...]
     """Top-5 accuracy as fractions."""
     latency: tuple[LatencySeries, ...] = ()
+    has_top5: bool = True
+    """Whether top-5 is shown; with few classes it is near 100 % for every sub-network."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.subnets), len(self.madds_m), len(self.params_m), len(self.top1), len(self.top5)}
@@ -55,8 +57,8 @@ class WidthsInfo:
 
 
 def widths_figure(info: WidthsInfo) -> go.Figure:
-    """Figure against MAdds (M) of top-1 and top-5 (%), left, and latency of a batch (ms, median and
-    IQR), right.
+    """Figure against MAdds (M): left top-1 and, with many classes, top-5 (%), right latency of a
+    batch (ms, median and IQR).
 
     The latency axis is logarithmic, so that equal heights are equal ratios and ceilings can be
     compared across batch sizes.
@@ -77,7 +79,7 @@ def widths_figure(info: WidthsInfo) -> go.Figure:
     figure.update_xaxes(title_text="MAdds per image (M)", rangemode="tozero")
     figure.update_yaxes(title_text="accuracy (%)", row=1, col=1)
     figure.update_yaxes(title_text="latency of a batch (ms)", type="log", tickvals=_log_ticks(info), row=1, col=2)
-    subtitle = f"latency on {info.device}\n{ceiling_text(info)}"
+    subtitle = f"latency on {info.device}, by the measure stage\n{ceiling_text(info)}"
     return dressed(figure, "Static sub-networks", subtitle, height_px=520)
 
 
@@ -106,7 +108,7 @@ def ceiling_text(info: WidthsInfo) -> str:
     return f"maximum speed-up (widest / cheapest): {ceilings_text}"
 
 
-def _accuracy_traces(info: WidthsInfo) -> tuple[go.Scatter, go.Scatter]:
+def _accuracy_traces(info: WidthsInfo) -> tuple[go.Scatter, ...]:
     def trace(name: str, values: tuple[float, ...], colour: str, symbol: str) -> go.Scatter:
         return go.Scatter(
             x=list(info.madds_m),
@@ -122,7 +124,8 @@ def _accuracy_traces(info: WidthsInfo) -> tuple[go.Scatter, go.Scatter]:
             hoverinfo="text",
         )
 
-    return trace("top-1", info.top1, BLUE, "circle"), trace("top-5", info.top5, ORANGE, "square")
+    top1 = trace("top-1", info.top1, BLUE, "circle")
+    return (top1, trace("top-5", info.top5, ORANGE, "square")) if info.has_top5 else (top1,)
 
 
 def _latency_trace(info: WidthsInfo, series: LatencySeries, index: int) -> go.Scatter:

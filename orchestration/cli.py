@@ -729,6 +729,7 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
     from orchestration.pipeline.signals import wait_for_stop
     from orchestration.tracking.links import open_in_browser
     from orchestration.tracking.server import serve_ui
+    from orchestration.tracking.view import EXPERIMENTS_PATH
 
     click.echo("starting MLflow ...", err=True)
     pages = newest_pages(Path(runs)) if run is None else pages_of(open_sweep(run, runs).results)
@@ -737,7 +738,9 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
             click.echo(f"{link.name}: {url}{link.path}")
         if not pages.links:
             click.echo("no run has a chart in MLflow yet; create one with: dsnet-orch ui RUN")
-        say(f"all of MLflow: {url}   (stop it with Ctrl-C)")
+        for path in dict.fromkeys(link.runs for link in pages.links):
+            say(f"all runs: {url}{path}")
+        say(f"all of MLflow: {url}{EXPERIMENTS_PATH}   (stop it with Ctrl-C)")
         if pages.links and not no_open:
             open_in_browser(url + pages.links[0].path)
         wait_for_stop()

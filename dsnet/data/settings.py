@@ -17,6 +17,8 @@ from dsnet.wording import shown
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
 ImageSize = Annotated[int, Ge(MIN_IMAGE_SIZE), Le(MAX_IMAGE_SIZE)]
 """Height and width in pixels that networks accept."""
+PHOTOS = ("image_folder", "cifar10")
+"""Data sets whose networks can classify photos."""
 MAX_OPERATIONS = 14
 """Number of different operations of RandAugment, `dsnet.data.randaugment.Operation`. More of them
 per image would destroy it and cost memory and time."""

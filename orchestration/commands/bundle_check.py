@@ -20,7 +20,11 @@ from dsnet.deploy.exporters import CheckedExporter, exporters
 from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.errors import DataError, NotFoundError, VerificationError
 from dsnet.space.cost import subnet_cost
+from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.loading import load_config
+from orchestration.results.exported import outdated_part
+from orchestration.runs.folder import RunDir
+from orchestration.supernets.results import results_at
 
 TIED_IMAGES = 2
 """Number of images that another processor may classify differently, because their two best scores
@@ -30,10 +34,11 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Check:
-    """One claim of a bundle that was checked and holds."""
+    """One claim of a bundle that was checked and holds, or a warning about the bundle."""
 
     name: str
     finding: str
+    is_warning: bool = False
 
 
 def check_bundle(path: Path, data_path: str | None) -> list[Check]:
@@ -61,6 +66,7 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     engines = [each.engine for each in loaded]
     checks.append(Check("examples", _examples_finding(num_examples, len(bundle.operating_points), engines)))
     checks += _check_formats(path)
+    checks += _check_origin(bundle)
     if data_path is not None:
         checks += _check_claims(bundle, data_path)
     return checks
@@ -98,10 +104,31 @@ def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
 def _folder_of_the_run(bundle: Path) -> str:
     """The image folder of the sweep, if the bundle is still in the folder of the run that made it;
     else empty."""
-    for folder in bundle.resolve().parents:
-        if (folder / "sweep.yaml").is_file() and (folder / "manifest.json").is_file():
-            return load_config(folder / "sweep.yaml").config.data.path or ""
-    return ""
+    folder = _run_around(bundle)
+    return "" if folder is None else load_config(folder / "sweep.yaml").config.data.path or ""
+
+
+def _run_around(bundle: Path) -> Path | None:
+    """The folder of the run in which the bundle lies; None if it lies in none."""
+    parents = bundle.resolve().parents
+    return next((at for at in parents if (at / "sweep.yaml").is_file() and (at / "manifest.json").is_file()), None)
+
+
+def _check_origin(bundle: Bundle) -> list[Check]:
+    """A warning if the bundle lies in a run that has another supernet or search now."""
+    folder = _run_around(bundle.path)
+    if folder is None:
+        return []
+    results = results_at(RunDir(folder.parent, folder.name))
+    part = outdated_part(results, bundle.manifest)
+    if part is None:
+        return []
+    again = command_line("export", folder, "--pick", "...", own_code=has_own_code(results.config))
+    text = (
+        f"{folder} has another {part} now; the bundle was made before the run was launched with other settings, and is not "
+        f"among its present results. Export again with: {again}"
+    )
+    return [Check("run", text, is_warning=True)]
 
 
 def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:

@@ -17,10 +17,12 @@ from orchestration.commands.terminal import (
     is_running,
     percent,
     print_json,
+    result_warnings,
     say,
     say_mlflow,
     say_places,
     say_progress,
+    say_result_warnings,
     say_training_warnings,
     short,
     show_table,
@@ -43,13 +45,14 @@ if TYPE_CHECKING:
 def show_supernets_launch(results: SupernetSweepResults, bundles: Sequence[Path]) -> None:
     """Print the front over all supernets, warnings about the supernets on it, and where the files
     are."""
-    from orchestration.results.training_review import review
+    from orchestration.supernets.report import sweep_warnings
 
     run = results.run
     show_supernets_front(results, (), as_json=False)
     say()
-    for name, member in results.supernets.items():
-        say_training_warnings(review(member), f"{results.entry(name).label}: ")
+    for whose, warning in sweep_warnings(results):
+        say_training_warnings([warning], whose)
+    say_result_warnings(results)
     say_places(results, bundles)
     say(f"study     {run.merged_journal}   (trials of all supernets; open it with optuna-dashboard)")
     say(
@@ -145,6 +148,8 @@ def _show_openings(results: SupernetSweepResults) -> None:
 
 def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> None:
     """Print the state of each supernet, the numbers of trials, and the driver of the sweep."""
+    from orchestration.supernets.report import sweep_warnings
+
     driver = driver_text(results.run)
     members = [_status(results, entry) for entry in results.entries]
     content = {
@@ -160,6 +165,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         "front": [gate.name for gate in results.front_gates],
         "is_verified": results.is_verified,
         "test_openings": results.manifest["test_openings"],
+        "result_warnings": result_warnings(results),
     }
     if as_json:
         print_json(content)
@@ -177,10 +183,11 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         label = results.entry(item["name"]).label
         if item["reason"]:
             tell(f"{label} {item['state']}: {item['reason']}")
-        for warning in item["warnings"]:
-            tell(f"warning   {label}: {warning['text']}; {warning['way_out']}", INDENT)
     say(f"trials    {results.num_trials} finished; {results.config.budget.trials} for each trained supernet")
     say(f"front     {plural(len(results.front_gates), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
+    for whose, warning in sweep_warnings(results):
+        say_training_warnings([warning], whose)
+    say_result_warnings(results)
     journal = results.run.merged_journal
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")

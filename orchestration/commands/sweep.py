@@ -18,7 +18,7 @@ from orchestration.config.resolve import supernet_space
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
-from orchestration.supernets.results import SupernetSweepResults
+from orchestration.supernets.results import SupernetSweepResults, results_at
 
 if TYPE_CHECKING:
     from orchestration.config.loading import LoadedConfig
@@ -89,9 +89,11 @@ class SweepOfOne:
 
     def show_front(self, picks: Sequence[str], *, as_json: bool) -> None:
         """Print the front beside its controls."""
-        from orchestration.commands.terminal import show_front
+        from orchestration.commands.terminal import say_dominated, show_front
 
         show_front(self.results, picks, as_json=as_json)
+        if not as_json:
+            say_dominated(self.results)
 
     def draw_front(self, path: Path) -> Path:
         """Draw the front into a file."""
@@ -139,8 +141,11 @@ class SweepOfSeveral:
     def show_front(self, picks: Sequence[str], *, as_json: bool) -> None:
         """Print the front over all supernets."""
         from orchestration.commands.supernet_tables import show_supernets_front
+        from orchestration.commands.terminal import say_dominated
 
         show_supernets_front(self.results, picks, as_json=as_json)
+        if not as_json:
+            say_dominated(self.results)
 
     def draw_front(self, path: Path) -> Path:
         """Draw the front over all supernets into a file."""
@@ -183,8 +188,7 @@ def open_sweep(run: str, runs: str) -> Sweep:
     Raises:
         NotFoundError: there is no such run.
     """
-    folder = find_run(run, runs)
-    return sweep_of(SupernetSweepResults(folder) if folder.supernets_json.is_file() else RunResults(folder))
+    return sweep_of(results_at(find_run(run, runs)))
 
 
 def find_run(run: str, runs: str) -> RunDir:

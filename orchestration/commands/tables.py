@@ -62,9 +62,9 @@ def terminal_width() -> int | None:
 
 def show_table(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str | None = None, *, rest: str = "--json"
-) -> None:
+) -> frozenset[str]:
     """Print a table that fits the terminal, and below it the names of the columns that were left
-    out.
+    out; returns the titles of the others.
 
     Args:
         columns: columns in order.
@@ -85,6 +85,7 @@ def show_table(
     if layout.dropped and width is not None:
         for line in wrapped(left_out(columns, layout, width, rest), width):
             console.print(Text(line, style="dim"))
+    return frozenset(column.title for position, column in enumerate(columns) if position not in layout.dropped)
 
 
 def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:

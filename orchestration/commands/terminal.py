@@ -8,12 +8,13 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from dsnet.data.settings import PHOTOS
 from dsnet.data.splits import FEW_IMAGES
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.measure.latency import latency_metric
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 8
 """Largest number of trials or reasons that are listed one by one."""
-PHOTOS = ("image_folder", "cifar10")
-"""Data sets whose networks can classify photos."""
 INDENT = " " * 10
 """Indentation of continuation lines under a leading word such as `report runs/...`."""
 
@@ -87,14 +86,14 @@ def print_json(value: Any) -> None:
 
 def show_table(
     columns: Sequence[str | Column], rows: Sequence[Sequence[str]], title: str | None = None, num_left: int = 1
-) -> None:
+) -> frozenset[str]:
     """Print a table; of the columns given by their title alone the first `num_left` are text, the
-    others numbers."""
+    others numbers. Returns the titles of the columns for which there was room."""
     known = [
         column if isinstance(column, Column) else Column(column, is_text=number < num_left)
         for number, column in enumerate(columns)
     ]
-    tables.show_table(known, rows, title)
+    return tables.show_table(known, rows, title)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -121,6 +120,33 @@ def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") 
         tell(f"warning   {whose}{warning}", INDENT)
 
 
+def say_dominated(results: Results) -> None:
+    """Print a warning for each exported gate that a static sub-network dominates."""
+    from orchestration.results.dominated import dominated_warnings
+
+    _say_warnings(dominated_warnings(results))
+
+
+def say_result_warnings(results: Results) -> None:
+    """Print the warnings about the front and the exported bundles of a sweep, one line each."""
+    _say_warnings(result_warnings(results))
+
+
+def _say_warnings(texts: Sequence[str]) -> None:
+    for text in texts:
+        tell(f"warning   {text}", INDENT)
+
+
+def result_warnings(results: Results) -> list[str]:
+    """Warnings about gates that a static sub-network dominates, and about bundles of earlier
+    settings."""
+    from orchestration.results.dominated import dominated_warnings
+    from orchestration.results.exported import outdated_warning
+
+    outdated = outdated_warning(results)
+    return [*dominated_warnings(results), *(() if outdated is None else (outdated,))]
+
+
 def show_launch(results: RunResults, bundles: Sequence[Path]) -> None:
     """Print the front, warnings about its supernet, and where the files are and how to open
     them."""
@@ -129,6 +155,7 @@ def show_launch(results: RunResults, bundles: Sequence[Path]) -> None:
     show_front(results, (), as_json=False)
     say()
     say_training_warnings(review(results))
+    say_result_warnings(results)
     say_places(results, bundles)
     say_mlflow(results)
 
@@ -261,7 +288,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     from orchestration.results.report import timing_doubt
 
     size = max(verified.latency.gates)
-    widest_ms, cheapest_ms = verified.latency.widest[size].median_ms, verified.latency.cheapest[size].median_ms
+    widest_ms = verified.latency.widest[size].median_ms
     baseline = verified.test.routes.index(results.widest.name)
     further = _further_metrics(results)
     static_madds = [f"{analysis.static_madds_m[baseline]:.4g}" for analysis in (verified.val, verified.test)]
@@ -322,7 +349,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         Column(f"ms/batch {size}", drop=2),
         Column("speed-up", drop=1),
     )
-    show_table(("gate", "router", *columns), reached, title, num_left=2)
+    titles = show_table(("gate", "router", *columns), reached, title, num_left=2)
     say()
     columns = (
         Column("over widest, points [95\u00a0%]"),
@@ -335,34 +362,60 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         Column("tied val", drop=2),
         Column("tied test", drop=2),
     )
-    show_table(("gate, on test", *columns), standing)
-    if len(verified.latencies) > 1 or any(metric.startswith("latency_ms") for metric in further):
+    titles |= show_table(("gate, on test", *columns), standing)
+    slots = [row["slot"] for row in shown]
+    has_latencies = len(verified.latencies) > 1 or any(metric.startswith("latency_ms") for metric in further)
+    if has_latencies:
         say()
-        _show_latencies(verified, [row["slot"] for row in shown])
+        _show_latencies(verified, slots)
     say()
-    tell(
-        f"speed-up: latency of the widest static sub-network over that of the gate, at batch size {size}; at most "
-        f"{widest_ms / cheapest_ms:.2f}x, which the cheapest static sub-network has"
-    )
-    if (doubt := timing_doubt(results)) is not None:
-        tell(doubt)
-    for text in _standing_lines(verified, [row["slot"] for row in shown]):
+    doubt = timing_doubt(results) if has_latencies or {f"ms/batch {size}", "speed-up"} & titles else None
+    for text in (
+        *_gate_lines(verified, slots, titles),
+        *(() if doubt is None else (doubt,)),
+        *_standing_lines(verified, slots, titles),
+        *_split_lines(results, verified),
+    ):
         tell(text)
-    if len(reported) < len(results.front):
-        tell(
-            f"{len(reported)} of the front's {len(results.front)} gates, evenly spaced along it, ran on test "
+
+
+def _gate_lines(verified: Verified, slots: Sequence[int], titles: Collection[str]) -> list[str]:
+    """Lines that explain the marks and the speed-up of gates, as far as the table shows them."""
+    lines = []
+    if any(point.is_collapsed for point in verified.test.points if point.slot in slots):
+        lines.append(
+            "collapsed: one route answers more than 99 % of the images, so that the router only adds its own cost to that static "
+            "sub-network"
+        )
+    if "speed-up" in titles:
+        size = max(verified.latency.gates)
+        most = verified.latency.widest[size].median_ms / verified.latency.cheapest[size].median_ms
+        lines.append(
+            f"speed-up: latency of the widest static sub-network over that of the gate, at batch size {size}; at most "
+            f"{most:.2f}x, which the cheapest static sub-network has"
+        )
+    return lines
+
+
+def _split_lines(results: RunResults, verified: Verified) -> list[str]:
+    """Lines about the splits: how much of the front ran on test, few images, repeated reading."""
+    lines = []
+    if len(verified.test.points) < len(results.front):
+        lines.append(
+            f"{len(verified.test.points)} of the front's {len(results.front)} gates, evenly spaced along it, ran on test "
             "(budget.verify); --json shows all of them"
         )
     fewest = min(verified.val.num_images, verified.test.num_images)
     if fewest < FEW_IMAGES:
-        tell(
+        lines.append(
             f"few images: {verified.val.num_images} in val and {verified.test.num_images} in test; one image changes top-1 by "
             f"{100 / fewest:.1f} points, so that differences between routers are uncertain"
         )
     if verified.num_openings > 1:
-        tell(
+        lines.append(
             f"test was read {verified.num_openings} times; results of choices made after the first time are optimistic"
         )
+    return lines
 
 
 def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
@@ -390,24 +443,30 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
         tell(f"{latency_metric(device=name)}: {own.device}, {plural(own.threads, 'thread')}")
 
 
-def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
-    """Lines that qualify the table: the optimism of `val`, and which gates are tied."""
+def _standing_lines(verified: Verified, slots: Sequence[int], titles: Collection[str]) -> list[str]:
+    """Lines that qualify the columns of the table with these titles: the controls, the optimism of
+    `val`, and which gates are tied."""
     found = optimism(verified.val, verified.test)
     lines = [
         "over widest, over static: top-1 minus that of the widest static sub-network, and minus that of the static line, a random "
         "mix of two static sub-networks with the same mean MAdds; paired over the images",
-        "random, reachable, oracle: top-1 of random routing with the same share of images per route, and at the same mean MAdds of "
-        "the best router found that sees the outputs of all routes, and of routing that knows the labels",
+        "random: top-1 if each route gets the same share of the images as from the gate, but at random",
+        "reachable: top-1 of the best router that we found with access to the outputs of all routes, at the mean MAdds of the gate; "
+        "an estimate and not a bound, so that a gate may be better",
+        "oracle: top-1 of routing that knows the labels, at the mean MAdds of the gate",
     ]
     if found is not None:
         lines.append(
             f"optimism: top-1 on val minus top-1 on test, mean of {plural(len(verified.test.points), 'gate')}: {_signed(found)} points "
             "(unpaired: the two splits share no image)"
         )
-    lines.append(
-        "on front: share of bootstrap resamples of the images in which no other gate of the table dominates this one"
-    )
+    if any(title.startswith("on front") for title in titles):
+        lines.append(
+            "on front: share of bootstrap resamples of the images in which no other gate of the table dominates this one"
+        )
     for analysis in (verified.val, verified.test):
+        if f"tied {analysis.split}" not in titles:
+            continue
         groups = [point for point in analysis.points if point.ties and point.slot in slots]
         for point in groups[:MAX_LISTED]:
             named = ", ".join(trial_name(slot) for slot in point.ties[:MAX_LISTED])
@@ -458,6 +517,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         "is_verified": results.verified is not None,
         "test_openings": manifest["test_openings"],
         "warnings": [warning.to_json() for warning in warnings],
+        "result_warnings": result_warnings(results),
     }
     journal = results.run.study_journal(results.stage_key("search") or "")
     if journal.is_file():
@@ -485,12 +545,11 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         say(f"enqueued  {plural(results.num_waiting, 'point')} to try next")
     say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.verified else ", not verified yet"))
     say_training_warnings(warnings)
+    say_result_warnings(results)
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if results.verified is not None:
-        from orchestration.pipeline.export import KNEE
-
-        say_places(results, [path for path in (results.run.export_dir / KNEE,) if path.exists()])
+        say_places(results, [path for path in (results.run.knee_bundle,) if path.exists()])
         say_mlflow(results)
     elif not is_driven:
         say(f"continue  {launch_command(results.config, results.run.sweep_yaml)}")
@@ -644,7 +703,7 @@ def show_checks(checks: Sequence[Check], *, as_json: bool) -> None:
         print_json([asdict(check) for check in checks])
         return
     for check in checks:
-        tell(f"ok    {check.name}: {check.finding}")
+        tell(f"{'warning' if check.is_warning else 'ok   '} {check.name}: {check.finding}")
 
 
 def show_measured_again(again: MeasuredAgain) -> None:

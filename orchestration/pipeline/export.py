@@ -35,6 +35,7 @@ from orchestration.config.export import MEMBERS, gate_picks, point_sets
 from orchestration.pipeline.claims import bundle_claims, gate_point_claims, member_claims
 from orchestration.prepare.preparation import Prepared
 from orchestration.results.run import RunResults, picked_slots
+from orchestration.runs.folder import KNEE
 from search.front.points import trial_name
 
 _log = logging.getLogger(__name__)
@@ -43,9 +44,6 @@ CLEAR_LEAD = 100.0
 images with clear decisions first."""
 EXAMPLE_SEED = 0
 """Seed of the draw of the examples."""
-KNEE = "knee"
-"""Name of the link to the bundle of the front's knee, beside the bundles: a path that is known
-before the run."""
 
 
 def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path) -> list[Path]:

@@ -44,6 +44,7 @@ from orchestration.tracking.rows import (
     Standing,
     data_rows,
     make_tracker,
+    stage_uid,
     store_uri,
     sweep_end_ms,
     sweep_row,
@@ -191,6 +192,7 @@ def _run_stages(work: Launch) -> LaunchResult:
     work.tracker.datasets(data_rows(manifest))
     prepared = work.prepared
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
+    supersede_others(work, plans)
     needs_ray = not plans["supernet"].is_done or trials_left(run, plans["search"], config) > 0
     with ray_where_needed(needs_ray, config, work.prepared, work.progress):
         if prepared.structure is not None:
@@ -207,6 +209,12 @@ def _run_stages(work: Launch) -> LaunchResult:
     if results.front_sample:  # a member of a sweep of supernets may have no gate on the front over all
         verify_stage(work, plans, supernet)
     return _finish(work)
+
+
+def supersede_others(work: Launch, plans: Mapping[str, StagePlan]) -> None:
+    """Mark the rows of MLflow that belong to other settings of the run than those of the plans."""
+    manifest = work.manifest.read()
+    work.tracker.supersede([stage_uid(manifest, work.run, plan.key) for plan in plans.values()])
 
 
 def _say_what_runs_again(work: Launch, plans: Mapping[str, StagePlan]) -> None:

@@ -152,7 +152,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
     work.run_stage(plan, search)
     # Rows that an earlier launch could not write; those that MLflow has are not written twice.
     for record in results.records:
-        work.tracker.trial(trial_row(results.manifest, run, record))
+        work.tracker.trial(trial_row(results.manifest, run, record, results.kind_of(record)))
     work.progress.say(f"search: {count_sentence(results)}, {plural(len(results.front), 'gate')} on the front")
 
 
@@ -317,7 +317,7 @@ class _Observer:
 
     def on_trial(self, record: TrialRecord) -> None:
         """Handle a recorded trial."""
-        self._work.tracker.trial(trial_row(self._manifest, self._work.run, record))
+        self._work.tracker.trial(trial_row(self._manifest, self._work.run, record, self._work.results.kind_of(record)))
         self._work.on_record(record)
         self._num_finished += 1
         if record.state == "complete":

@@ -35,6 +35,12 @@ class Results(Protocol):
         ...
 
     @property
+    def named_gates(self) -> tuple[GateId, ...]:
+        """The knee of the front, then the gates that `export.picks` selects, other than `all`;
+        empty if there is no front."""
+        ...
+
+    @property
     def num_trials(self) -> int:
         """Number of finished trials of all supernets."""
         ...

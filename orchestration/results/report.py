@@ -31,26 +31,30 @@ from dashboards.routers import RouterResult, RoutersInfo, routers_figure
 from dashboards.routes import RoutesInfo
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
+from dsnet.data.settings import PHOTOS
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json
-from dsnet.gates.fit import COLLAPSE_SHARE
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.wording import plural
-from orchestration.config.command_lines import command_line, has_own_code, launch_command
-from orchestration.config.resolve import constraint_set
-from orchestration.results.measured import static_metrics
+from orchestration.config.command_lines import command_line, has_own_code, has_own_network, launch_command
+from orchestration.config.sweep import SweepConfig
+from orchestration.results.dominated import allowed_static, dominated_warnings
 from orchestration.results.run import RunResults
 from orchestration.results.structure import structure_of, training_cost
 from orchestration.results.training_review import review
 from orchestration.results.trial_list import broken_constraints
 from orchestration.results.verified import Verified
-from search.conditions.constraints import BASELINE
-from search.front.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis, optimism
+from orchestration.runs.folder import RunDir
+from search.front.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis, is_collapsed, optimism
 from search.front.controls import StaticLine
 from search.front.pareto import hypervolume, hypervolume_trace
 from search.front.points import PointRow, trial_name
 from search.front.statistics import wilson_interval
 from search.study.study import TrialRecord
+from search.training_checks import TrainingWarning
+
+MIN_CLASSES_OF_TOP5 = 10
+"""Smallest number of classes with which top-5 tells sub-networks apart."""
 
 
 def write_report(results: RunResults, class_names: tuple[str, ...], notes: tuple[str, ...], status: str) -> Path:
@@ -112,8 +116,23 @@ def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
             "Export the gates on the front as bundles",
             command_line("export", run.path, "--pick", "all", own_code=own_code),
         ),
+        *bundle_commands(run, results.config),
         ("Browse the results in MLflow", command_line("ui", run.path)),
     )
+
+
+def bundle_commands(run: RunDir, config: SweepConfig) -> tuple[tuple[str, str], ...]:
+    """(what it does, command) pairs for using the bundle of the knee; empty if a launch does not
+    export it."""
+    if not {"knee", "all"} & set(config.export.picks):
+        return ()
+    bundle, own_code = run.knee_bundle, has_own_network(config)
+    photos = (
+        "Classify photos with the bundle of the knee",
+        command_line("predict", bundle, "PHOTO...", own_code=own_code),
+    )
+    serve = ("Answer HTTP requests with the bundle of the knee", command_line("serve", bundle, own_code=own_code))
+    return (photos, serve) if config.data.name in PHOTOS else (serve,)
 
 
 def _model_name(results: RunResults) -> str:
@@ -122,14 +141,30 @@ def _model_name(results: RunResults) -> str:
     return model if made is None or model == made.spec.family else f"{made.spec.family} (of a {model})"
 
 
-def training_notes(results: RunResults, whose: str = "") -> tuple[str, ...]:
+def training_notes(results: RunResults) -> tuple[str, ...]:
     """Warnings about the training of the supernet, in sentences."""
-    return tuple(f"{whose}{_capital(warning.text)}. What to do: {warning.way_out}." for warning in review(results))
+    return tuple(note_of_warning(warning) for warning in review(results))
+
+
+def note_of_warning(warning: TrainingWarning, whose: str = "") -> str:
+    """A warning in sentences; `whose` comes before it."""
+    return f"{whose}{capital(warning.text)}. What to do: {warning.way_out}."
 
 
 def timing_doubt(results: RunResults) -> str | None:
     """A sentence that says why the measured times are unreliable and what to do; None if nothing is
     wrong."""
+    noise = timing_noise(results)
+    if noise is None:
+        return None
+    return (
+        f"the latencies are unreliable, because the machine was busy or its times varied ({noise}); "
+        f"measure again on an idle machine: {command_line('measure', results.run.path, own_code=has_own_code(results.config))}"
+    )
+
+
+def timing_noise(results: RunResults) -> str | None:
+    """Which of the timings were disturbed, and how; None if none was."""
     timed = [(f"sub-networks{_on(name)}", table.noise) for name, table in results.newest_latencies.items()]
     if results.verified is not None:
         timed += [(f"the front{_on(name)}", own.noise) for name, own in results.verified.latencies.items()]
@@ -137,10 +172,7 @@ def timing_doubt(results: RunResults) -> str | None:
     if not found:
         return None
     others = f"; and {plural(len(found) - 1, 'more timing')}" if len(found) > 1 else ""
-    return (
-        f"the latencies are unreliable, because the machine was busy or its times varied ({found[0]}{others}); "
-        f"measure again on an idle machine: {command_line('measure', results.run.path, own_code=has_own_code(results.config))}"
-    )
+    return f"{found[0]}{others}"
 
 
 def _on(device: str) -> str:
@@ -149,10 +181,10 @@ def _on(device: str) -> str:
 
 def _timing_notes(results: RunResults) -> tuple[str, ...]:
     doubt = timing_doubt(results)
-    return () if doubt is None else (f"{_capital(doubt)}.",)
+    return () if doubt is None else (f"{capital(doubt)}.",)
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
     """The text with a capital first letter, unless it begins with the name of a sub-network or
     trial."""
     return text if {"-", "_"} & set(text.split(" ", 1)[0]) else text[:1].upper() + text[1:]
@@ -245,6 +277,7 @@ def headline(results: RunResults) -> Headline:
         rows=tuple(sorted(rows, key=lambda row: row.chosen.madds_m)),
         knee=None if knee is None else trial_name(knee),
         optimism=None if found is None else _estimate(found),
+        warnings=tuple(f"{capital(text)}." for text in dominated_warnings(results)),
     )
 
 
@@ -306,7 +339,7 @@ def _unverified_row(results: RunResults, slot: int) -> Row:
         name=trial_name(slot),
         chosen=Scores(top1=Estimate(metrics["top1"], *_wilson(results, metrics["top1"])), madds_m=metrics["madds_m"]),
         max_route_share=metrics["max_route_share"],
-        is_collapsed=metrics["max_route_share"] > COLLAPSE_SHARE,
+        is_collapsed=is_collapsed(metrics),
         router=results.router_kind(slot),
         further=_further_values(results, slot),
     )
@@ -455,10 +488,7 @@ def _reasons(records: Sequence[TrialRecord]) -> tuple[tuple[int, str], ...]:
 
 def _static_values(results: RunResults) -> list[list[float]]:
     """The objectives of the static sub-networks that hold every constraint."""
-    baseline = {BASELINE + name: value for name, value in results.baseline.items()}
-    constraints = constraint_set(results.config, baseline)
-    static = [static_metrics(subnet, results.latencies) for subnet in results.members]
-    return [[row[metric.name] for metric in results.config.metrics] for row in static if constraints.hold(row)]
+    return [[row[metric.name] for metric in results.config.metrics] for row in allowed_static(results).values()]
 
 
 def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo | None:
@@ -537,6 +567,7 @@ def widths_of(results: RunResults) -> WidthsInfo | None:
         top1=tuple(subnet.top1 for subnet in members),
         top5=tuple(subnet.top5 for subnet in members),
         latency=tuple(series),
+        has_top5=results.trained_subnets.spec.num_classes >= MIN_CLASSES_OF_TOP5,
     )
 
 

@@ -37,7 +37,7 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.queue import read_queue
 from orchestration.runs.stages import StageDir
-from search.front.analysis import BudgetPick, budget_picks, front_slots, spread_along_front
+from search.front.analysis import BudgetPick, budget_picks, front_slots, pickable, spread_along_front
 from search.front.pareto import REFERENCE_MARGIN, apply_pick, parse_pick
 from search.front.points import PointRow, control_points, gate_points, subnet_points, trial_name
 from search.gate_trial import router_of
@@ -87,18 +87,18 @@ class RunResults:
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage is complete, for the current results of its parents."""
-        return self._is_current(stage) and self._folder(stage).is_done()
+        return self.is_current(stage) and self._folder(stage).is_done()
 
     def _folder(self, stage: str) -> StageDir:
         return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))
 
-    def _is_current(self, stage: str) -> bool:
+    def is_current(self, stage: str) -> bool:
         """Whether the stage's last result was made from the last results of all its ancestors."""
         if self.stage_key(stage) is None:
             return False
         record = self._folder(stage).record()
         return record is not None and all(
-            self.stage_key(name) == key and self._is_current(name) for name, key in record.parent_keys.items()
+            self.stage_key(name) == key and self.is_current(name) for name, key in record.parent_keys.items()
         )
 
     def done_key(self, stage: str) -> str:
@@ -197,7 +197,7 @@ class RunResults:
     def records(self) -> list[TrialRecord]:
         """All finished trials by slot, including those of a search that still runs."""
         journal = self.run.study_journal(self.stage_key("search") or "")
-        return load_records(journal) if self._is_current("search") and journal.exists() else []
+        return load_records(journal) if self.is_current("search") and journal.exists() else []
 
     @property
     def search_end(self) -> str | None:
@@ -293,7 +293,11 @@ class RunResults:
             NotFoundError: the measure stage has not finished.
         """
         self.done_key("measure")
-        return static_metrics(self.widest, self.latencies) | self._added_metrics(self.widest.name)
+        return self.static_metrics(self.widest)
+
+    def static_metrics(self, subnet: MeasuredSubnet) -> dict[str, float]:
+        """Every metric of a static sub-network on `val`."""
+        return static_metrics(subnet, self.latencies) | self._added_metrics(subnet.name)
 
     def _added_metrics(self, name: str) -> dict[str, float]:
         """Metrics that plugins add, for a static sub-network on `val`; empty before the table
@@ -332,9 +336,15 @@ class RunResults:
             return self.front
         names = [metric.name for metric in self.config.metrics]
         values = np.array([[self.record(slot).metrics[name] for name in names] for slot in self.front])
-        kept = [self.front.index(slot) for slot in self._named_slots() if slot in self.front]
+        kept = [self.front.index(slot) for slot in self._named_slots if slot in self.front]
         return tuple(self.front[position] for position in spread_along_front(values, size, kept))
 
+    @property
+    def named_gates(self) -> tuple[GateId, ...]:
+        """The knee and the picked gates, as `orchestration.results.protocol` requires."""
+        return tuple(GateId("", slot) for slot in self._named_slots) if self.front else ()
+
+    @cached_property
     def _named_slots(self) -> list[int]:
         slots = [] if self.knee is None else [self.knee]
         for text in gate_picks(self.config.export.picks):
@@ -390,7 +400,11 @@ class RunResults:
 
     def router_kind(self, slot: int) -> str:
         """The kind of a trial's router."""
-        return str(self.record(slot).params.get("gate.router", self.config.gate.router))
+        return self.kind_of(self.record(slot))
+
+    def kind_of(self, record: TrialRecord) -> str:
+        """The kind of the router of a trial that was read already."""
+        return str(record.params.get("gate.router", self.config.gate.router))
 
     def router(self, slot: int) -> Router:
         """The router of a trial.
@@ -496,9 +510,7 @@ def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
         if pick.kind == "name":
             refuse_unreadable(text)
             refuse_unusable(text, [record for record in results.records if trial_name(record.slot) == pick.name])
-        # A front's own rows only where the pick asks for the front: copies of a front point are not
-        # exported twice.
-        chosen = apply_pick(pick, on_front if pick.kind in ("all", "knee") else rows, objectives)
+        chosen = apply_pick(pick, pickable(pick, rows, on_front), objectives)
         slots += [int(row["slot"]) for row in chosen if row["slot"] not in slots]
     return slots
 

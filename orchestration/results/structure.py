@@ -71,8 +71,10 @@ def structure_of(results: RunResults) -> StructureInfo | None:
     spec = subnets.spec
     members = [subnets[number] for number in subnets.by_madds()]
     scores = scored_candidates(folder / TRACE)
-    chosen = {member.widths for member in members}
     points = [(candidate.widths, Scored(candidate.madds / 1e6, score.accuracy)) for candidate, score in scores]
+    # A network that is fine-tuned during the search scores a sub-network again.
+    chosen = {member.widths for member in members}
+    last = {widths: number for number, (widths, _) in enumerate(points) if widths in chosen}
     return StructureInfo(
         method=summary["method"] + (f", channels sorted by {summary['order']}" if summary["order"] != "none" else ""),
         subnets=tuple(member.name for member in members),
@@ -81,6 +83,9 @@ def structure_of(results: RunResults) -> StructureInfo | None:
         widths=tuple(member.widths for member in members),
         max_widths=spec.max_widths,
         candidates=tuple(point for _, point in points),
-        chosen=tuple(point for widths, point in points if widths in chosen),
+        chosen=tuple(points[number][1] for number in last.values()),
+        chosen_before=tuple(
+            point for number, (widths, point) in enumerate(points) if last.get(widths, number) != number
+        ),
         num_images=scores[0][1].num_images if scores else 0,
     )

@@ -14,6 +14,9 @@ from dsnet.wording import did_you_mean
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 MLFLOW_DATABASE = "mlflow.db"
 MLFLOW_ARTIFACTS = "mlruns-artifacts"
+KNEE = "knee"
+"""Name of the link to the bundle of the front's knee, beside the bundles: a path that is known
+before the run."""
 KEY_CHARACTERS = 12
 """Number of characters of a stage key in the name of its folder."""
 
@@ -111,6 +114,11 @@ class RunDir:
     @property
     def front_png(self) -> Path:
         return self.path / "front.png"
+
+    @property
+    def knee_bundle(self) -> Path:
+        """The link to the bundle of the front's knee."""
+        return self.export_dir / KNEE
 
     @property
     def export_dir(self) -> Path:

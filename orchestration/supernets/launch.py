@@ -37,6 +37,7 @@ from orchestration.pipeline.launch import (
     launch,
     ray_where_needed,
     stage_plans,
+    supersede_others,
     write_facts,
     write_outputs,
 )
@@ -74,6 +75,7 @@ from orchestration.tracking.rows import (
     store_uri,
     sweep_end_ms,
     sweep_row,
+    sweep_uid,
     unix_ms,
     write_artifacts,
     write_bundles,
@@ -313,6 +315,7 @@ class _SupernetsLaunch:
         """Train the supernets, sweep their gates, verify the front and write the report."""
         self._tell_members()
         plans = {name: stage_plans(work) for name, work in self.launches.items()}
+        self._supersede_others(plans)
         is_idle = self._is_idle(plans)
         first = _prepared(next(iter(self.members.values())))
         with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress):
@@ -330,6 +333,13 @@ class _SupernetsLaunch:
         self._freeze()
         self._verify()
         return self._finish()
+
+    def _supersede_others(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> None:
+        """Mark the rows of MLflow that belong to other supernets or settings than the present
+        ones."""
+        self.tracker.supersede([sweep_uid(work.manifest.read(), work.run) for work in self.launches.values()])
+        for name, work in self.launches.items():
+            supersede_others(work, plans[name])
 
     def _tell_members(self) -> None:
         for entry in self.records.entries:

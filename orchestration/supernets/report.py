@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -20,13 +21,16 @@ from dashboards.supernets import (
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text
 from orchestration.config.command_lines import command_line, has_own_code, launch_command
-from orchestration.results.report import headline, training_notes
+from orchestration.results.dominated import dominated_warnings
+from orchestration.results.report import bundle_commands, capital, headline, note_of_warning, timing_noise
 from orchestration.results.run import RunResults
 from orchestration.results.structure import training_cost
+from orchestration.results.training_review import review
 from orchestration.supernets.members import MemberEntry
 from orchestration.supernets.results import SupernetSweepResults
 from search.front.pareto import REFERENCE_MARGIN, hypervolume
 from search.front.points import trial_name
+from search.training_checks import TrainingWarning
 
 """The reference point of the hypervolume has this many times the MAdds of the widest sub-network of
 all supernets."""
@@ -52,7 +56,7 @@ def report_data(results: SupernetSweepResults, notes: tuple[str, ...], status: s
         scheduler=config.supernets.scheduler,
         num_test_openings=manifest["test_openings"],
         objectives=tuple(metric.name for metric in config.metrics),
-        notes=sweep_training_notes(results) + notes + _sample_notes(results),
+        notes=sweep_training_notes(results) + _timing_notes(results) + notes + _sample_notes(results),
         commands=_commands(results),
         facts=(
             *((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
@@ -156,6 +160,7 @@ def global_headline(results: SupernetSweepResults) -> Headline:
         baseline=best,
         rows=tuple(sorted(rows, key=lambda row: row.chosen.madds_m)),
         knee=None if results.knee is None else results.knee.name,
+        warnings=tuple(f"{capital(text)}." for text in dominated_warnings(results)),
     )
 
 
@@ -179,11 +184,39 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
 
 
 def sweep_training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
-    """Warnings about the training of each supernet, in sentences."""
-    return tuple(
-        text
-        for name, member in results.supernets.items()
-        for text in training_notes(member, f"{results.entry(name).label}: ")
+    """Warnings about the training of the supernets, in sentences."""
+    return tuple(note_of_warning(warning, whose) for whose, warning in sweep_warnings(results))
+
+
+def sweep_warnings(results: SupernetSweepResults) -> tuple[tuple[str, TrainingWarning], ...]:
+    """(whose, warning) for the training of the supernets: each kind of warning once, with the
+    labels of the supernets that have it and the numbers of the first."""
+    found: dict[str, list[tuple[str, TrainingWarning]]] = {}
+    for name, member in results.supernets.items():
+        for warning in review(member):
+            found.setdefault(warning.code, []).append((name, warning))
+    return tuple((_whose(results, [name for name, _ in same]), same[0][1]) for same in found.values())
+
+
+def _whose(results: SupernetSweepResults, names: Sequence[str]) -> str:
+    return f"{_labels(results, names)}: " + (f"(numbers of {names[0]}) " if len(names) > 1 else "")
+
+
+def _labels(results: SupernetSweepResults, names: Iterable[str]) -> str:
+    return ", ".join(results.entry(name).label for name in names)
+
+
+def _timing_notes(results: SupernetSweepResults) -> tuple[str, ...]:
+    """A note that names the supernets whose times are unreliable; none if there are none."""
+    noise = {name: found for name, own in results.supernets.items() if (found := timing_noise(own)) is not None}
+    if not noise:
+        return ()
+    first = next(iter(noise))
+    own = results.supernets[first]
+    return (
+        f"The latencies of {_labels(results, noise)} are unreliable, because the machine was busy or its times varied "
+        f"({first}: {noise[first]}); measure each again on an idle machine: "
+        f"{command_line('measure', own.run.path, own_code=has_own_code(own.config))}",
     )
 
 
@@ -208,6 +241,7 @@ def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
             "Export the gates on the front as bundles",
             command_line("export", run.path, "--pick", "all", own_code=own_code),
         ),
+        *bundle_commands(run, results.config),
         (
             "Browse the trials of all supernets as one Optuna study",
             f"optuna-dashboard {shlex.quote(str(run.merged_journal))}",

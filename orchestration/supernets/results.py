@@ -15,11 +15,12 @@ from orchestration.config.export import gate_picks
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.gate_id import GateId
+from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults, refuse_unreadable, refuse_unusable
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.supernets.members import MemberEntry, read_entries
-from search.front.analysis import front_slots, spread_along_front
+from search.front.analysis import front_slots, pickable, spread_along_front
 from search.front.pareto import apply_pick, parse_pick
 from search.front.points import PointRow, trial_name
 from search.study.study import TrialRecord
@@ -134,19 +135,24 @@ class SupernetSweepResults:
         size = self.config.budget.verify
         if size is None or len(self.front_gates) <= size:
             return self.front_gates
-        kept = [self.front_gates.index(gate) for gate in self._named_gates() if gate in self.front_gates]
+        kept = [self.front_gates.index(gate) for gate in self.named_gates if gate in self.front_gates]
         return tuple(
             self.front_gates[position] for position in spread_along_front(self._values(self.front_gates), size, kept)
         )
 
-    def _named_gates(self) -> list[GateId]:
+    @cached_property
+    def named_gates(self) -> tuple[GateId, ...]:
+        """The knee of the front over all supernets, then the gates that `export.picks` selects,
+        other than `all`; empty if there is no front."""
+        if not self.front_gates:
+            return ()
         gates = [] if self.knee is None else [self.knee]
         for text in gate_picks(self.config.export.picks):
             try:
                 gates += [] if text.strip() == "all" else self.picked([text])
             except NotFoundError:  # the export will say so, when everything else is done
                 continue
-        return list(dict.fromkeys(gates))
+        return tuple(dict.fromkeys(gates))
 
     @cached_property
     def knee(self) -> GateId | None:
@@ -195,7 +201,7 @@ class SupernetSweepResults:
                 refuse_unreadable(text)
                 gates.append(self._by_name(pick.name))
                 continue
-            chosen = apply_pick(pick, on_front if pick.kind in ("all", "knee") else rows, objectives)
+            chosen = apply_pick(pick, pickable(pick, rows, on_front), objectives)
             gates += [row["gate"] for row in chosen]
         return list(dict.fromkeys(gates))
 
@@ -235,6 +241,15 @@ class SupernetSweepResults:
                     row = {**row, "is_front": GateId(name, row["slot"]) in self.front_gates}
                 rows.append({**row, "supernet": name})
         return rows
+
+
+def results_at(run: RunDir) -> Results:
+    """The results of an existing run, of one supernet or of several.
+
+    Raises:
+        NotFoundError: there is no such run.
+    """
+    return SupernetSweepResults(run) if run.supernets_json.is_file() else RunResults(run)
 
 
 def _read(path: Any) -> Mapping[str, Any]:

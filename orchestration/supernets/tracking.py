@@ -9,6 +9,7 @@ from dataclasses import replace
 from dashboards.supernets import supernets_front
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
+from orchestration.results.exported import exported_bundles
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.curves import CurvePoint
@@ -25,7 +26,6 @@ from orchestration.tracking.rows import (
     Standing,
     by_cost,
     data_rows,
-    exported_bundles,
     replay,
     store_uri,
     supernet_row,
@@ -190,6 +190,8 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
     parent = sweep_row(results.manifest, run, config)
     tracker.parent(parent)
     tracker.datasets(data_rows(results.manifest))
+    members = [results.member(entry.name) for entry in results.entries]
+    tracker.supersede([sweep_uid(member.manifest, member.run) for member in members if member is not None])
     trackers: list[tuple[Tracker, Status, int]] = []
     for entry in results.entries:
         member = results.member(entry.name)

@@ -100,6 +100,10 @@ class MlflowTracker:
     def trial(self, run: TrackedRun) -> None:
         self._write_child(run)
 
+    def supersede(self, current: Sequence[str]) -> None:
+        parent, kept = self._opened_parent(), tuple(current)
+        self._jobs.put(lambda: self._store.supersede(parent, kept))
+
     def series(self, points: Sequence[CurvePoint]) -> None:
         parent, kept = self._opened_parent(), tuple(points)
         self._jobs.put(lambda: self._store.add_points(parent, parent, kept))

@@ -14,7 +14,7 @@ from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir, list_runs
 from orchestration.tracking.database import experiment_of
 from orchestration.tracking.rows import sweep_uid
-from orchestration.tracking.view import view_path
+from orchestration.tracking.view import runs_path, view_path
 
 MAX_LINKS = 8
 
@@ -25,6 +25,8 @@ class Link:
 
     name: str
     path: str
+    runs: str
+    """The list of all runs of its experiment, without the server's address."""
 
 
 def link_to(results: Results, uri: str) -> Link | None:
@@ -37,7 +39,7 @@ def link_to(results: Results, uri: str) -> Link | None:
     """
     uid = sweep_uid(results.manifest, results.run)
     experiment = experiment_of(uri, uid)
-    return None if experiment is None else Link(results.run.name, view_path(experiment, uid))
+    return None if experiment is None else Link(results.run.name, view_path(experiment, uid), runs_path(experiment))
 
 
 def certain_link(results: Results, uri: str, write: Callable[[], object]) -> Link | None:

@@ -64,7 +64,7 @@ def front_note(headline: Headline, uid: str, picture: str, report: str, warnings
         "",
         f"[All points as a chart]({points}) | [Report]({files}/{report}?workflowType=machine_learning)",
         "",
-        *(line for warning in warnings for line in (f"**Warning:** {warning}", "")),
+        *(line for warning in (*headline.warnings, *warnings) for line in (f"**Warning:** {warning}", "")),
         f"![accuracy against cost](get-artifact?path={picture}&run_uuid={RUN_ID})",
         "",
         _cells("gate on the front", "router", "top-1 on val", "top-1 on test", "M MAdds on val", "M MAdds on test"),

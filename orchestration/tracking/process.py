@@ -68,6 +68,10 @@ class MlflowWriter:
         """See `MlflowStore.write`."""
         self._call("write", run, parent)
 
+    def supersede(self, parent: TrackedRun, current: Sequence[str]) -> None:
+        """See `MlflowStore.supersede`."""
+        self._call("supersede", parent, current)
+
     def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None:
         """See `MlflowStore.add_points`."""
         self._call("add_points", run, parent, points)

@@ -33,6 +33,9 @@ class TrackedRun:
     tags: Mapping[str, str] = field(default_factory=dict)
     first_tags: Mapping[str, str] = field(default_factory=dict)
     """Tags that are set only when the row is created; `tags` of a later write may change them."""
+    note: str = ""
+    """Description of the row, in one line. It replaces an earlier one only if it begins with it, so
+    that what a user has written stays."""
     under: TrackedRun | None = None
     """For the row of a sweep that is part of a larger one: the row below which it is nested. It is
     created if it is missing; the larger sweep's own tracker writes and closes it."""
@@ -108,6 +111,16 @@ class Tracker(Protocol):
         """Write the finished run of one trial; written again, it gets the tags that differ and the
         metrics that it lacks."""
 
+    def supersede(self, current: Sequence[str]) -> None:
+        """Mark the sweep's rows that belong to results of other settings than the present ones, and
+        take the mark from those that belong to the present ones again.
+
+        Args:
+            current: uids of the present results (`stage_uid`), and of the present supernets of a
+                sweep of several; a row belongs to them if its uid is one of these or lies below
+                one.
+        """
+
     def series(self, points: Sequence[CurvePoint]) -> None:
         """Add metrics by step to the parent: accuracy by MAdds, for example."""
 
@@ -144,6 +157,8 @@ class NullTracker:
 
     def trial(self, run: TrackedRun) -> None: ...
 
+    def supersede(self, current: Sequence[str]) -> None: ...
+
     def series(self, points: Sequence[CurvePoint]) -> None: ...
 
     def artifact(self, path: Path) -> None: ...
@@ -169,6 +184,8 @@ class RowStore(Protocol):
     def attach(self, parent: TrackedRun) -> None: ...
 
     def write(self, run: TrackedRun, parent: TrackedRun) -> None: ...
+
+    def supersede(self, parent: TrackedRun, current: Sequence[str]) -> None: ...
 
     def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None: ...
 

@@ -10,8 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION
-from dsnet.deploy.layout import MANIFEST
+from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, percent, router_name, significant
 from dsnet.files import read_json
 from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.structure.stage import BASES
@@ -20,6 +19,7 @@ from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.loading import load_config
 from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
+from orchestration.results.exported import exported_bundles
 from orchestration.results.measured import MeasuredSubnet, static_metrics
 from orchestration.results.report import front_info, headline, training_notes
 from orchestration.results.run import RunResults
@@ -75,6 +75,25 @@ def make_tracker(config: SweepConfig, run: RunDir, warn: Any) -> Tracker:
 def sweep_uid(manifest: Mapping[str, Any], run: RunDir) -> str:
     """The uid of a run's parent row."""
     return f"{run.name}/{manifest['run_id'][:12]}"
+
+
+def stage_uid(manifest: Mapping[str, Any], run: RunDir, key: str) -> str:
+    """The uid above the rows of one result of a stage.
+
+    Args:
+        manifest: manifest of the run.
+        run: the run.
+        key: the stage's key.
+    """
+    return f"{sweep_uid(manifest, run)}/{key[:12]}"
+
+
+def current_uids(results: RunResults) -> list[str]:
+    """The uids above the rows of a run's present results, for `Tracker.supersede`."""
+    stages = results.manifest["stages"]
+    return [
+        stage_uid(results.manifest, results.run, stages[name]["key"]) for name in stages if results.is_current(name)
+    ]
 
 
 def unix_ms(iso: str) -> int:
@@ -139,7 +158,7 @@ def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, 
     settings = resolved_settings(config)
     facts = SupernetFacts.of_stage(run.stage_dir("supernet", stage["key"])) if is_done else None
     return TrackedRun(
-        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/supernet",
+        f"{stage_uid(manifest, run, stage['key'])}/supernet",
         "supernet",
         "supernet",
         start,
@@ -169,7 +188,7 @@ def base_row(
     stage = manifest["stages"]["structure"]
     start = unix_ms(stage["started_at"])
     return TrackedRun(
-        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{name}",
+        f"{stage_uid(manifest, run, stage['key'])}/{name}",
         row_name(run, f"structure {name}"),
         "supernet",
         start,
@@ -250,7 +269,7 @@ def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -
     on_test = _static_on_test(results)
     return [
         TrackedRun(
-            f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{subnet.name}",
+            f"{stage_uid(manifest, run, stage['key'])}/{subnet.name}",
             row_name(run, subnet.name),
             "subnet",
             start,
@@ -258,6 +277,7 @@ def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -
             params={"subnet": subnet.name},
             metrics={**subnet_metrics(subnet, results), **_prefixed("test", on_test.get(subnet.name, {}))},
             tags=_role_tags("teacher" if subnet.is_teacher else "route"),
+            note=_described("Static sub-network", subnet_metrics(subnet, results), on_test.get(subnet.name, {})),
         )
         for subnet in results.subnets
     ]
@@ -281,7 +301,7 @@ def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> Mapping[str, 
 
 
 def trial_row(
-    manifest: Mapping[str, Any], run: RunDir, record: TrialRecord, standing: Standing | None = None
+    manifest: Mapping[str, Any], run: RunDir, record: TrialRecord, router: str, standing: Standing | None = None
 ) -> TrackedRun:
     """The row of a trial; a failed or pruned one has its reason.
 
@@ -289,13 +309,15 @@ def trial_row(
         manifest: manifest of the run.
         run: the run.
         record: the trial.
+        router: the kind of its router (`RunResults.kind_of`).
         standing: standing of all trials; None while there may be more trials.
     """
     stage = manifest["stages"]["search"]
     tags = {"state": record.state} | ({"feasible": str(record.is_feasible).lower()} if record.constraints else {})
     judged = (standing or Standing()).tags(record.slot)
+    on_test = {} if standing is None else standing.test.get(record.slot, {})
     return TrackedRun(
-        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{trial_name(record.slot)}",
+        f"{stage_uid(manifest, run, stage['key'])}/{trial_name(record.slot)}",
         row_name(run, trial_name(record.slot)),
         "trial",
         record.start_ms,
@@ -303,10 +325,20 @@ def trial_row(
         "FAILED" if record.state == "failed" else "FINISHED",
         record.reason,
         params=record.params,
-        metrics={**record.metrics, **_prefixed("test", {} if standing is None else standing.test.get(record.slot, {}))},
+        metrics={**record.metrics, **_prefixed("test", on_test)},
         tags=tags if standing is None else {**tags, **judged},
         first_tags=judged,
+        note=_described(f"Router: {router_name(router)}", record.metrics, on_test),
     )
+
+
+def _described(what: str, metrics: Mapping[str, float | None], on_test: Mapping[str, float]) -> str:
+    """The description of a row: its cost and accuracies in one line; empty without a result."""
+    top1, madds_m = metrics.get("top1"), metrics.get("madds_m")
+    if top1 is None or madds_m is None:
+        return ""
+    text = f"{what}, {significant(madds_m)} M MAdds, top-1 {percent(top1)} on val"
+    return text + (f", {percent(on_test['top1'])} on test" if "top1" in on_test else "")
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -348,7 +380,7 @@ def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_
         time_ms: time of the curves' points, Unix time in ms.
     """
     for record in results.records:
-        tracker.trial(trial_row(results.manifest, results.run, record, standing))
+        tracker.trial(trial_row(results.manifest, results.run, record, results.kind_of(record), standing))
     tracker.series(by_cost("front_val", [results.record(slot).metrics for slot in results.front], time_ms))
     tracker.series(by_cost("front_test", test_metrics(results).values(), time_ms))
 
@@ -373,13 +405,6 @@ def write_bundles(tracker: Tracker, paths: Iterable[Path], folder: Path, registe
     for path in paths:
         name = re.sub(r"[^\w-]", "-", str(path.relative_to(folder)))  # MLflow takes no dots and slashes here
         tracker.bundle(TrackedBundle(path, name, register))
-
-
-def exported_bundles(run: RunDir) -> list[Path]:
-    """The folders of the bundles in a run's folder of exports, sorted."""
-    found = (path.parent for path in run.export_dir.rglob(MANIFEST))
-    # Neither the link to the knee's bundle nor a draft that a killed export left.
-    return sorted(path for path in found if not path.is_symlink() and not path.name.startswith("."))
 
 
 def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> None:
@@ -407,6 +432,7 @@ def replay(
     run, manifest = results.run, results.manifest
     tracker.parent(replace(sweep_row(manifest, run, results.config), under=under))
     tracker.datasets(data_rows(manifest))
+    tracker.supersede(current_uids(results))
     write_structure(tracker, results)
     if results.stage_key("supernet") is not None:
         _replay_supernet(results, tracker)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestration.tracking.database import is_server, mend_artifact_locations
 from orchestration.tracking.datasets import dataset_inputs
-from orchestration.tracking.view import points_view, view_tag
+from orchestration.tracking.view import SUPERSEDED, points_view, view_tag
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -47,6 +47,8 @@ NOTE_TAG = "mlflow.note.content"
 """Tag of the Markdown description that MLflow's page shows above a run."""
 RUN_ID, EXPERIMENT_ID = "{run_id}", "{experiment_id}"
 """Placeholders in a description, replaced when it is written."""
+_SUPERSEDED_TAGS = {"role": SUPERSEDED, "on_front": "false", "is_knee": "false"}
+"""Tags that rate a row among the results of its sweep, with the values of a superseded row."""
 _COMPLETE = ("FINISHED", "FAILED")
 
 
@@ -146,6 +148,33 @@ class MlflowStore:
         metrics = known.metrics | {_clean_name(name) for name, value in run.metrics.items() if value is not None}
         self._known[run.uid] = replace(known, tags={**known.tags, **tags}, metrics=metrics)
 
+    def supersede(self, parent: TrackedRun, current: Sequence[str]) -> None:
+        """Mark the rows below a sweep that belong to none of the present results: tag `superseded`,
+        and neither a role, nor knee, nor on the front. Rows that belong to them again lose the mark
+        and get their role when they are written again. See `Tracker.supersede`."""
+        rows = self._load(parent)
+        below = {}  # rows of the sweep's supernets
+        if self._known[parent.uid].tags.get("root", parent.uid) == parent.uid:
+            below = dict(self._search(f"tags.root = '{parent.uid}' AND tags.sweep != '{parent.uid}'"))
+        for uid, row in {**below, **rows}.items():
+            is_current = any(f"{uid}/".startswith(f"{place}/") for place in current)
+            if uid == parent.uid or is_current != (SUPERSEDED in row.tags):
+                continue
+            kept = self._without_mark(row) if is_current else self._with_mark(row)
+            if uid in rows:
+                rows[uid] = replace(row, tags=kept)
+
+    def _with_mark(self, row: _KnownRun) -> dict[str, str]:
+        rated = {name: value for name, value in _SUPERSEDED_TAGS.items() if name in row.tags}
+        self._log(row.run_id, [], {}, {SUPERSEDED: "true", **rated})
+        return {**row.tags, SUPERSEDED: "true", **rated}
+
+    def _without_mark(self, row: _KnownRun) -> dict[str, str]:
+        cleared = {SUPERSEDED, *(("role",) if row.tags.get("role") == SUPERSEDED else ())}
+        for name in cleared:
+            self._connected().delete_tag(row.run_id, name)
+        return {name: value for name, value in row.tags.items() if name not in cleared}
+
     def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None:
         """Add metrics by step to a run."""
         self._load(parent)
@@ -228,16 +257,14 @@ class MlflowStore:
     def _load(self, parent: TrackedRun) -> dict[str, _KnownRun]:
         """The sweep's runs by uid; MLflow is searched only once per sweep."""
         if parent.uid not in self._sweeps:
-            self._sweeps[parent.uid] = dict(self._search(parent.uid))
+            self._sweeps[parent.uid] = dict(self._search(f"tags.sweep = '{parent.uid}'"))
         self._known = self._sweeps[parent.uid]
         return self._known
 
-    def _search(self, sweep_uid: str) -> Iterator[tuple[str, _KnownRun]]:
+    def _search(self, condition: str) -> Iterator[tuple[str, _KnownRun]]:
         client, token = self._connected(), None
         while True:
-            page = client.search_runs(
-                [self._experiment_id], f"tags.sweep = '{sweep_uid}'", max_results=1000, page_token=token
-            )
+            page = client.search_runs([self._experiment_id], condition, max_results=1000, page_token=token)
             for run in page:
                 yield run.data.tags["uid"], _known_run(run)
             token = page.token
@@ -369,6 +396,8 @@ def _tags(run: TrackedRun, parent: TrackedRun, known: _KnownRun | None) -> dict[
     first, always = {**run.first_tags}, {**run.tags, **reason}
     # A member of a sweep that is launched alone keeps the place that its sweep gave it.
     (first if parent.under is None else always).update(root)
+    if run.note and run.note.startswith("" if known is None else known.tags.get(NOTE_TAG, "")):
+        always[NOTE_TAG] = run.note
     new = {name: value for name, value in first.items() if known is None or name not in known.tags}
     tags = {**new, **always}
     return {_clean_name(name): str(value)[:MAX_TAG_LENGTH] for name, value in tags.items()}

@@ -13,7 +13,14 @@ import json
 from typing import Any, Final
 from urllib.parse import urlencode
 
+SUPERSEDED: Final = "superseded"
+"""Tag of a row that belongs to earlier settings of its sweep, with the value `true`; also the role
+of such a row."""
 TAG_PREFIX: Final = "mlflow.sharedViewState."
+MODEL_TRAINING: Final = "workflowType=machine_learning"
+"""Part of a link that opens MLflow's view for model training instead of the one for GenAI."""
+EXPERIMENTS_PATH: Final = f"/#/experiments?{MODEL_TRAINING}"
+"""The link to the list of experiments, without the server's address."""
 POINTS: Final = "Accuracy against cost"
 CARD_HEIGHT_PX: Final = 520
 CHARTS: Final = (("val", "madds_m", "top1"), ("test", "test/madds_m", "test/top1"))
@@ -30,13 +37,18 @@ def view_tag(uid: str) -> str:
 
 def view_path(experiment_id: str, uid: str) -> str:
     """The link to the view of a sweep, without the server's address."""
-    query = urlencode({"workflowType": "machine_learning", "compareRunsMode": "CHART", "viewStateShareKey": _key(uid)})
-    return f"/#/experiments/{experiment_id}/runs?{query}"
+    query = urlencode({"compareRunsMode": "CHART", "viewStateShareKey": _key(uid)})
+    return f"{runs_path(experiment_id)}&{query}"
+
+
+def runs_path(experiment_id: str) -> str:
+    """The link to the list of an experiment's runs, without the server's address."""
+    return f"/#/experiments/{experiment_id}/runs?{MODEL_TRAINING}"
 
 
 def points_view(uid: str, *, is_outermost: bool) -> str:
     """The view of a sweep's points, those on the front first: static sub-networks and trials. The
-    teacher is left out, because it cannot be chosen.
+    teacher is left out, because it cannot be chosen, and so are rows of earlier settings.
 
     Args:
         uid: uid of the sweep's own row.
@@ -45,7 +57,7 @@ def points_view(uid: str, *, is_outermost: bool) -> str:
     """
     tag = "root" if is_outermost else "sweep"
     view: dict[str, Any] = {
-        "searchFilter": f"tags.{tag} = '{uid}' AND tags.role != 'teacher' AND metrics.madds_m > 0",
+        "searchFilter": f"tags.{tag} = '{uid}' AND tags.role != 'teacher' AND tags.role != '{SUPERSEDED}' AND metrics.madds_m > 0",
         "orderByKey": "tags.`role`",
         "orderByAsc": True,
         "startTime": "ALL",

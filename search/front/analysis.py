@@ -29,7 +29,7 @@ from search.front.controls import (
     random_routing,
     share_of_gap,
 )
-from search.front.pareto import DEFAULT_OBJECTIVES, Goal, front_mask
+from search.front.pareto import DEFAULT_OBJECTIVES, Goal, Pick, front_mask
 from search.front.statistics import (
     Gain,
     PointSample,
@@ -146,8 +146,8 @@ class PointAnalysis:
 
     @property
     def is_collapsed(self) -> bool:
-        """Whether one route answers more than 99 % of the images."""
-        return self.metrics["max_route_share"] > COLLAPSE_SHARE
+        """See `is_collapsed`."""
+        return is_collapsed(self.metrics)
 
     @property
     def is_cascade_collapsed(self) -> bool:
@@ -155,6 +155,30 @@ class PointAnalysis:
         of the images."""
         share = self.cascade_escalated
         return share is not None and max(share, 1 - share) > COLLAPSE_SHARE
+
+
+def is_collapsed(metrics: Mapping[str, float]) -> bool:
+    """Whether one route answers more than 99 % of the images, by the metrics of a gate
+    (docs/definitions.md, Router)."""
+    return metrics["max_route_share"] > COLLAPSE_SHARE
+
+
+def pickable(
+    pick: Pick, rows: Sequence[Mapping[str, Any]], on_front: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """The rows among which `search.front.pareto.apply_pick` chooses.
+
+    `all` and the knee are chosen among the rows on the front only, because copies of a front point
+    are not exported twice; the knee among those that are not collapsed, if there is one.
+
+    Args:
+        pick: what the user wrote.
+        rows: all gates, with their metrics as flat keys.
+        on_front: those on the front.
+    """
+    if pick.kind == "knee":
+        return [row for row in on_front if not is_collapsed(row)] or on_front
+    return on_front if pick.kind == "all" else rows
 
 
 @dataclass(frozen=True)

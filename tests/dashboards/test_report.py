@@ -288,6 +288,19 @@ def test_collapsed_gates_are_marked_and_counted() -> None:
     page = build_report(replace(data, headline=replace(data.headline, rows=rows)))
     assert f"1 of {len(rows)} routers on the front collapsed" in page
     assert '<span class="badge bad">collapsed</span>' in page
+    assert "Collapsed: one route answers more than 99 % of the images" in page
+    assert "Collapsed:" not in build_report(data), "a mark that is not there is not explained"
+
+
+def test_warnings_about_the_knee_stand_above_its_cards_and_each_timing_is_named() -> None:
+    data = make_report()
+    headline = replace(data.headline, warnings=("The knee is worse than <path-111>.",))
+    assert data.widths is not None
+    page = own_part(build_report(replace(data, headline=headline, widths=replace(data.widths, has_top5=False))))
+    assert page.index("The knee is worse than &lt;path-111&gt;.") < page.index('class="cards"')
+    assert "timed by the verify stage" in page
+    assert "The measure stage timed every sub-network by itself" in page
+    assert "Top-5" not in page
 
 
 def test_a_run_with_nothing_done_yet_reports_each_missing_piece() -> None:

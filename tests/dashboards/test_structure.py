@@ -35,6 +35,14 @@ def test_the_search_shows_all_candidates_and_the_chosen_ones() -> None:
     assert "3 candidates on 80 images" in search_figure(INFO).layout.title.subtitle.text
 
 
+def test_scores_before_and_after_a_fine_tuning_are_told_apart() -> None:
+    info = replace(INFO, chosen=(Scored(1.5, 0.5),), chosen_before=(Scored(1.5, 0.25),))
+    _, before, after = search_figure(info).data
+    assert (list(before.y), list(after.y)) == ([25.0], [50.0])
+    assert (before.name, after.name) == ("chosen, before fine-tuning", "chosen, after fine-tuning")
+    assert before.marker.symbol != after.marker.symbol
+
+
 @pytest.mark.parametrize("changes", [{"widths": ((4, 10),)}, {"max_widths": (8,)}, {"madds_m": (1.5,)}])
 def test_parts_of_other_lengths_are_refused(changes: dict) -> None:
     with pytest.raises(ValueError, match="needs one"):

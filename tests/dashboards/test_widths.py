@@ -21,6 +21,13 @@ def test_accuracies_are_percent_and_latencies_milliseconds_of_the_info() -> None
     assert batch.y[2] - batch.error_y.arrayminus[2] == pytest.approx(info.latency[1].low_ms[2])
 
 
+def test_top5_is_left_out_where_it_says_nothing() -> None:
+    figure = widths_figure(replace(make_widths(), has_top5=False))
+    names = {trace.name for trace in figure.data}
+    assert "top-1" in names
+    assert "top-5" not in names
+
+
 def test_the_ceiling_is_widest_over_cheapest_for_every_batch_size() -> None:
     info = make_widths()
     for series in info.latency:

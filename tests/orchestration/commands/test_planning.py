@@ -151,14 +151,15 @@ def test_the_commands_of_a_report_work_from_any_folder(finished: Finished, tmp_p
     assert call(folder, "report", "tiny").code == 0
     page = (folder / "runs" / "tiny" / "report.html").read_text(encoding="utf-8")
     commands = [shlex.split(html.unescape(text)) for text in re.findall(r"<pre>(dsnet-orch [^<]*)</pre>", page)]
-    assert [command[1] for command in commands] == ["launch", "pareto", "export", "ui"]
+    assert [command[1] for command in commands] == ["launch", "pareto", "export", "serve", "ui"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for command in commands[1:3]:
         answer = call(elsewhere, *command[1:])
         assert answer.code == 0, answer.err
     assert commands[0][2] == str(folder / "runs" / "tiny" / "sweep.yaml")
-    assert commands[3][2:] == [str(folder / "runs" / "tiny")]
+    assert commands[3][2:] == [str(folder / "runs" / "tiny" / "export" / "knee")]
+    assert commands[4][2:] == [str(folder / "runs" / "tiny")]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from dsnet.files import atomic_write_json, read_json
 from orchestration.commands.messages import complain
 from orchestration.commands.supernet_tables import show_supernets_status
 from orchestration.commands.sweep import find_run
-from orchestration.commands.terminal import say_mlflow, say_places
+from orchestration.commands.terminal import say_mlflow, say_places, show_front
 from orchestration.config.sweep import SweepConfig
+from orchestration.results.report import bundle_commands
 from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import LockHolder
 from orchestration.runs.manifest import Manifest
@@ -51,6 +53,25 @@ def test_the_end_of_a_launch_names_commands_that_can_be_pasted(
     told = capsys.readouterr().out
     assert "(python, with DSNET_ALLOW_IMPORTS=1: dsnet.load_bundle(" in told
     assert ("PHOTO... --allow-imports" in told) == takes_photos
+    for of_run, allows in ((results, False), (own, True)):
+        commands = [shlex.split(command) for _, command in bundle_commands(run, of_run.config)]
+        assert [command[1] for command in commands] == (["predict", "serve"] if takes_photos else ["serve"])
+        assert all(command[2] == str(run.knee_bundle) for command in commands)
+        assert all((command[-1] == "--allow-imports") == allows for command in commands)
+
+
+@pytest.mark.parametrize("width", [60, 80, None])
+def test_only_columns_that_are_shown_are_explained(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int | None
+) -> None:
+    monkeypatch.setattr("orchestration.commands.tables.terminal_width", lambda: width)
+    show_front(finished.results, (), as_json=False)
+    told = capsys.readouterr().out
+    left_out = " ".join(re.findall(r"no room at \d+\s+columns\s+for:([^(]*)", told))
+    assert bool(left_out) == (width is not None)
+    for explained in ("speed-up", "on front"):
+        assert (f"\n{explained}: " in told) == (explained not in left_out)
+    assert "an estimate and not a bound" in told
 
 
 @pytest.mark.parametrize(
@@ -95,6 +116,8 @@ def test_the_status_of_supernets_shows_how_to_continue_after_the_driver_was_kill
         num_trials=0,
         num_failed=0,
         front_gates=(),
+        named_gates=(),
+        supernets={},
         is_verified=False,
         config=sweep(budget={"trials": 4}),
         manifest={"test_openings": 0},

@@ -26,6 +26,7 @@ from orchestration.pipeline.claims import bundle_claims
 from orchestration.pipeline.context import Launch
 from orchestration.progress import read_task_state
 from orchestration.runs.folder import mlflow_store_uri
+from orchestration.tracking.rows import current_uids, trial_row
 from search.front.analysis import front_slots
 from search.front.points import load_points, trial_name
 from tests.dsnet.samples import batch1_ms
@@ -276,6 +277,8 @@ def test_another_space_starts_a_new_study_beside_the_old_one_and_the_way_back_fi
         stage: old.stage_key(stage) for stage in ("supernet", "measure", "table")
     }
     assert len(list((folder / "runs" / "tiny" / "search").iterdir())) == 2
+    studies = [trial_row(at.manifest, at.run, at.records[0], "gate").uid.rpartition("/")[0] for at in (old, new)]
+    assert [uid in current_uids(new) for uid in studies] == [False, True], "rows of the old study are superseded"
     assert call(folder, "launch", SWEEP, *WITHOUT_MLFLOW).code == 0
     back = results_in(folder)
     assert back.records == old.records

@@ -3,6 +3,7 @@ all, one study, one tree in MLflow."""
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import signal
@@ -25,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dsnet.deploy.bundle import load_bundle
 from dsnet.files import atomic_write_json, file_sha256
+from dsnet.measure.latency import MachineLoad
 from orchestration.commands.supernet_tables import state_and_epochs
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
@@ -33,6 +35,7 @@ from orchestration.prepare.preparation import load_images
 from orchestration.runs.folder import RunDir, mlflow_store_uri
 from orchestration.runs.lock import DriverLock
 from orchestration.supernets.members import Member, MemberEntry, draw_members
+from orchestration.supernets.report import report_data, sweep_warnings
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
 from search.front.points import load_points, trial_name
@@ -478,6 +481,17 @@ def test_the_report_holds_the_front_over_all_and_a_way_to_each_supernet(swept: S
     for gate in results.front_gates:
         assert gate.name in text
     assert "One front over all supernets" in text
+    warnings = sweep_warnings(results)
+    several = [whose for whose, _ in warnings if "(numbers of" in whose]
+    assert several, "each supernet is trained for so few steps that it is warned about"
+    assert len({warning.code for _, warning in warnings}) == len(warnings)
+    assert all(text.count(f"<li>{html.escape(whose)}") == 1 for whose in several)
+    results = SupernetSweepResults(results.run)
+    name, own = next(iter(results.supernets.items()))
+    own.__dict__["newest_latencies"] = {"": replace(own.latencies[""], load=MachineLoad(40.0, 2))}
+    (note,) = [note for note in report_data(results, (), "complete").notes if "latencies" in note]
+    assert name in note
+    assert "load average 40.0 on 2 cores" in note
 
 
 @contextmanager

@@ -17,6 +17,7 @@ def test_a_launch_leaves_a_page_of_its_points_and_the_newest_runs_are_found(fini
     link = link_to(results, uri)
     assert link is not None
     assert (link.name, link.path) == ("tiny", view_path("1", sweep_uid(results.manifest, results.run)))
+    assert link.path.startswith(link.runs)
     assert newest_links(results.run.root, uri) == [link]
     assert certain_link(results, uri, write=pytest.fail) == link
 

@@ -37,6 +37,7 @@ class Recorder(NullTracker):
         self.points: list[CurvePoint] = []
         self.series_points: list[CurvePoint] = []
         self.files: list[str] = []
+        self.current: list[str] = []
         self.splits: list[str] = []
         self.bundles: list[TrackedBundle] = []
 
@@ -45,6 +46,9 @@ class Recorder(NullTracker):
 
     def supernet(self, run: TrackedRun) -> None:
         self.rows.append(run)
+
+    def supersede(self, current: Sequence[str]) -> None:
+        self.current += current
 
     def curve(self, points: Sequence[CurvePoint]) -> None:
         self.points += points
@@ -141,6 +145,8 @@ def test_a_replay_tells_parent_supernet_subnets_and_trials_in_this_order(finishe
     kinds = [row.kind for row in recorder.rows]
     assert kinds == ["sweep", "supernet", "supernet", *["subnet"] * len(results.subnets), *["trial"] * 12]
     assert len({row.uid for row in recorder.rows}) == len(recorder.rows) - 1  # the supernet opens and closes
+    below = [row for row in recorder.rows[1:] if any(row.uid.startswith(f"{uid}/") for uid in recorder.current)]
+    assert below == recorder.rows[1:], "no row that is written is marked as one of earlier settings"
     assert recorder.points[-1].metrics["epoch"] == pytest.approx(8.0)
     curves = {
         prefix: [point for point in recorder.series_points if f"{prefix}/top1_by_kmadds" in point.metrics]
@@ -182,9 +188,12 @@ def test_rows_carry_the_times_of_the_run_folder_and_not_of_the_writing(finished:
         assert row.start_ms == unix_ms(stage["started_at"])
         assert row.end_ms == row.start_ms + int(1000 * stage["seconds"])
     record = results.records[3]
-    row = trial_row(manifest, run, record)
+    row = trial_row(manifest, run, record, results.router_kind(3))
     assert (row.start_ms, row.end_ms) == (record.start_ms, record.finished_ms)
     assert row.name == trial_name(3)
+    expected = f"{record.metrics['madds_m']:.3g} M MAdds, top-1 {100 * record.metrics['top1']:.1f} % on val"
+    assert row.note.startswith("Router: ")
+    assert row.note.endswith(expected)
     verify = manifest["stages"]["verify"]
     assert sweep_end_ms(manifest) == unix_ms(verify["started_at"]) + round(1000 * verify["seconds"])
     assert sweep_end_ms({**manifest, "stages": {}}) == unix_ms(manifest["created_at"])

@@ -23,7 +23,7 @@ from orchestration.tracking import background
 from orchestration.tracking.background import FAILURES_BEFORE_PAUSE, MlflowTracker
 from orchestration.tracking.process import MlflowWriter, SharedWriter, is_on_local_disk
 from orchestration.tracking.protocol import NullTracker, TrackedBundle, TrackedRun, Tracker, TrackingSummary
-from orchestration.tracking.store import MlflowStore, clean_params, mlflow_environment
+from orchestration.tracking.store import NOTE_TAG, MlflowStore, clean_params, mlflow_environment
 from orchestration.tracking.view import view_tag
 from tests.orchestration.tracking.samples import (
     NOW_MS,
@@ -204,9 +204,9 @@ def test_a_second_sync_changes_no_row(database: Database, experiment: str, artif
 
 
 def test_a_finished_row_keeps_its_values_and_gets_what_is_known_later(database: Database, experiment: str) -> None:
-    first = replace(trial_run("digits", 0), metrics={"latency_ms": 3.0}, first_tags={"on_front": "false"})
+    first = replace(trial_run("digits", 0), metrics={"latency_ms": 3.0}, first_tags={"on_front": "false"}, note="good")
     judged = {**first.tags, "on_front": "true"}
-    later = replace(first, metrics={"latency_ms": 4.0, "test/top1": 0.5}, tags=judged)
+    later = replace(first, metrics={"latency_ms": 4.0, "test/top1": 0.5}, tags=judged, note="good on val, bad on test")
     found = []
     for row in (first, first, later, first):  # a launch, its relaunch, its end, and a relaunch of what is finished
         tracker = database.tracker(experiment)
@@ -218,6 +218,60 @@ def test_a_finished_row_keeps_its_values_and_gets_what_is_known_later(database: 
     assert [run.data.metrics.get("test/top1") for run in found] == [None, None, 0.5, 0.5]
     assert database.history(found[-1], "latency_ms") == [(0, NOW_MS + 309, 3.0)]
     assert {run.data.tags["root"] for run in found} == {"digits"}
+    notes = [run.data.tags[NOTE_TAG] for run in found]
+    assert notes == ["good", "good", "good on val, bad on test", "good on val, bad on test"]
+    MlflowClient(database.uri).set_tag(found[0].info.run_id, NOTE_TAG, "my words")
+    tracker = database.tracker(experiment)
+    tracker.parent(parent_run("digits"))
+    tracker.trial(later)
+    tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
+    assert database.runs(experiment)["digits/cccc/trial-0000"].data.tags[NOTE_TAG] == "my words"
+
+
+def test_rows_of_earlier_settings_are_marked_once_and_shown_again_after_the_way_back(
+    database: Database, experiment: str
+) -> None:
+    rated = {"role": "knee", "on_front": "true", "is_knee": "true"}
+    old = replace(trial_run("digits", 0), uid="digits/old/trial-0000", tags=rated)
+    new = replace(trial_run("digits", 1), tags=rated)
+    lone = replace(new, uid="gone/cccc/trial-0001")  # of a supernet that is no longer part of the sweep
+
+    def launch(row: TrackedRun, current: str) -> dict[str, dict[str, str]]:
+        tracker = database.tracker(experiment)
+        tracker.parent(parent_run("digits"))
+        tracker.supersede([current])
+        tracker.trial(row)
+        tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
+        return {uid: dict(run.data.tags) for uid, run in database.runs(experiment).items()}
+
+    def shown() -> set[str]:
+        client = MlflowClient(database.uri)
+        found = client.get_experiment_by_name(experiment)
+        assert found is not None
+        view = json.loads(found.tags[view_tag("digits")])
+        return {run.data.tags["uid"] for run in client.search_runs([found.experiment_id], view["searchFilter"])}
+
+    tracker = database.tracker(experiment)
+    tracker.parent(replace(parent_run("gone"), under=parent_run("digits")))
+    tracker.trial(lone)
+    tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
+    first = launch(old, "digits/old")
+    assert shown() == {old.uid}
+    assert "superseded" not in first[old.uid]
+    second = launch(new, "digits/cccc")
+    for uid in (old.uid, lone.uid):
+        assert {"superseded": "true", "role": "superseded", "on_front": "false", "is_knee": "false"}.items() <= second[
+            uid
+        ].items()
+    assert second["gone"]["superseded"] == "true"
+    assert rated.items() <= second[new.uid].items()
+    assert shown() == {new.uid}
+    before = database.rows()
+    assert launch(new, "digits/cccc") == second
+    assert database.rows() == before
+    back = launch(old, "digits/old")
+    assert back[old.uid] == first[old.uid]
+    assert (shown(), back[new.uid]["role"]) == ({old.uid}, "superseded")
 
 
 def test_one_of_several_supernets_that_is_launched_by_itself_stays_in_its_sweep(

@@ -4,7 +4,7 @@ test_server."""
 import json
 from urllib.parse import parse_qs
 
-from orchestration.tracking.view import points_view, view_path, view_tag
+from orchestration.tracking.view import points_view, runs_path, view_path, view_tag
 
 MAX_TAG_LENGTH = 5000
 """Longest value of an experiment's tag that MLflow accepts, in characters."""
@@ -14,6 +14,8 @@ def test_the_link_names_the_tag_that_holds_the_page_and_differs_between_sweeps()
     path, _, query = view_path("7", "digits/1234").partition("?")
     found = parse_qs(query)
     assert path == "/#/experiments/7/runs"
+    assert found["workflowType"] == ["machine_learning"], "MLflow would open its view for GenAI"
+    assert view_path("7", "digits/1234").startswith(runs_path("7"))
     assert found["compareRunsMode"] == ["CHART"]
     assert view_tag("digits/1234") == f"mlflow.sharedViewState.{found['viewStateShareKey'][0]}"
     assert view_tag("digits/1234") != view_tag("digits/1235")

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsnet.errors import ConfigError, NotFoundError
+from search.front.analysis import pickable
 from search.front.pareto import apply_pick, front_mask, hypervolume, hypervolume_trace, knee, parse_pick
 
 MAX_MIN = ("maximize", "minimize")
@@ -293,6 +294,18 @@ ROWS = [
 )
 def test_picks_mean_what_they_say(text, expected):
     assert [row["name"] for row in apply_pick(parse_pick(text), ROWS)] == expected
+
+
+def test_the_knee_is_a_gate_that_is_not_collapsed_if_the_front_has_one():
+    shares = {"trial-0001": 0.5, "trial-0002": 0.995, "trial-0003": 0.9}
+    on_front = [{**row, "max_route_share": shares[row["name"]]} for row in ROWS if row["name"] in shares]
+    knee_of, everything = parse_pick("knee"), parse_pick("all")
+    assert [row["name"] for row in pickable(knee_of, ROWS, on_front)] == ["trial-0001", "trial-0003"]
+    assert apply_pick(knee_of, pickable(knee_of, ROWS, on_front))[0]["name"] != "trial-0002"
+    assert pickable(everything, ROWS, on_front) == on_front
+    assert pickable(parse_pick("max:top1"), ROWS, on_front) == ROWS
+    collapsed = [{**row, "max_route_share": 1.0} for row in on_front]
+    assert apply_pick(knee_of, pickable(knee_of, ROWS, collapsed))[0]["name"] == "trial-0002"
 
 
 def test_equally_good_rows_are_told_apart_by_the_other_objective():
