@@ -62,7 +62,7 @@ GOAL = 1.10
 HEADLINE_BATCH = 64
 IMAGE_SIZE = 32
 NUM_POOL = 512
-NUM_REAL_BATCHES = {1: 16, 16: 4}
+NUM_REAL_BATCHES = {1: 128, 16: 8, 64: 4}
 """Number of batches of real images by batch size, several for small ones because groups differ
 between batches; one for other sizes."""
 PARAMS = (
