@@ -580,7 +580,7 @@ def _points(path: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tenso
 
 
 class StoredParts(NamedTuple):
-    """What a bundle is made of, to be written in other formats."""
+    """Supernet, routers and pre-processing of a bundle, from which other formats are written."""
 
     supernet: Supernet
     """In eval mode on the CPU; every member is a route."""
@@ -590,7 +590,7 @@ class StoredParts(NamedTuple):
     image_shape: tuple[int, int, int]
     """(channels, height, width)."""
     photos: PhotoDecoder | None
-    """How photos are decoded; None if the images are not photos."""
+    """The decoder of photo files; None if the network does not take RGB or grey photos."""
 
 
 def stored_parts(path: Path) -> StoredParts:

@@ -18,7 +18,6 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from dsnet.data.normalization import Normalization
 from dsnet.deploy.bundle import (
     Bundle,
     Examples,
@@ -31,7 +30,7 @@ from dsnet.deploy.bundle import (
 )
 from dsnet.deploy.engines import TORCH, Graph, graph_engines
 from dsnet.deploy.materialize import materialize
-from dsnet.deploy.one_image import PIXELS, on_pixels, single_graphs, torch_program
+from dsnet.deploy.one_image import PIXELS, Normalize, on_pixels, single_graphs, torch_program
 from dsnet.deploy.onnx_graphs import SegmentGraphs, traced
 from dsnet.deploy.photo_input import PHOTO, check_photos, with_photo_input
 from dsnet.errors import VerificationError
@@ -107,25 +106,11 @@ def write_static(path: Path, folder: Path) -> None:
     for route, subnet in enumerate(parts.supernet.subnets):
         model = on_pixels(graphs.static(route), parts.normalization)
         (folder / f"{subnet.name}{ONNX}").write_bytes(model.SerializeToString())
-        module = _OnPixels(materialize(parts.supernet, subnet, fold_bn=True), parts.normalization).eval()
+        network = materialize(parts.supernet, subnet, fold_bn=True)
+        module = nn.Sequential(Normalize(parts.normalization), network).eval()
         example = torch.zeros(2, *parts.image_shape, dtype=torch.uint8)
         program = traced(module, example, {0: torch.export.Dim("batch")})
         torch.export.save(program, folder / f"{subnet.name}{PROGRAM}")
-
-
-class _OnPixels(nn.Module):
-    """A plain network with the normalisation of its pixels."""
-
-    def __init__(self, network: nn.Module, normalization: Normalization) -> None:
-        super().__init__()
-        self.network = network
-        self.mean: Tensor
-        self.std: Tensor
-        for name, values in (("mean", normalization.mean), ("std", normalization.std)):
-            self.register_buffer(name, torch.tensor(values).reshape(1, -1, 1, 1))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.network((pixels.float() - self.mean) / self.std)
 
 
 def check_single(path: Path, folder: Path) -> int:

@@ -25,12 +25,11 @@ from dsnet.deploy.onnx_graphs import (
     SegmentGraphs,
     decided,
     first_route,
+    folded_segments,
     has_decisions,
     traced,
 )
-from dsnet.deploy.segments import CutSegments
 from dsnet.errors import ConfigError
-from dsnet.network.blocks import fold_batch_norms
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Router
 from dsnet.space.route_tree import RouteTree
@@ -284,6 +283,23 @@ class _Gluing:
 # torch
 
 
+class Normalize(nn.Module):
+    """Normalisation of pixels as a module: uint8 [B, C, H, W] -> float32 of the same shape."""
+
+    def __init__(self, normalization: Normalization) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        for name, values in (("mean", normalization.mean), ("std", normalization.std)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, -1, 1, 1))
+
+    def forward(
+        self, pixels: UInt8[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """See the class."""
+        return (pixels.float() - self.mean) / self.std
+
+
 class OneImage(nn.Module):
     """The program: pixels of one image -> logits and route."""
 
@@ -299,24 +315,20 @@ class OneImage(nn.Module):
             ConfigError: as `branching`.
         """
         super().__init__()
-        self.plan = branching(router, RouteTree.of(supernet.subnets))
-        segments = CutSegments(supernet, RouteTree.of(supernet.subnets), fold_bn=False)
-        fold_batch_norms(segments)
-        self.segments = segments
+        tree = RouteTree.of(supernet.subnets)
+        self.plan = branching(router, tree)
+        self.segments = folded_segments(supernet, tree)
         self.router = copy.deepcopy(router)  # it keeps tensors that it computes once, also those of a trace
-        _compute_cached(self.router, self.segments.tree, *self.segments.tree.gates)
-        if isinstance(tree := getattr(self.router, "tree", None), RouteTree):
-            _compute_cached(tree, *tree.gates)
-        self.mean: Tensor
-        self.std: Tensor
-        for name, values in (("mean", normalization.mean), ("std", normalization.std)):
-            self.register_buffer(name, torch.tensor(values).reshape(1, -1, 1, 1))
+        _compute_cached(self.router, tree, *tree.gates)
+        if isinstance(own_tree := getattr(self.router, "tree", None), RouteTree):
+            _compute_cached(own_tree, *own_tree.gates)
+        self.normalize = Normalize(normalization)
 
     def forward(
         self, pixels: UInt8[Tensor, "1 channels height width"]
     ) -> tuple[Float[Tensor, "1 classes"], Int64[Tensor, " 1"]]:
         """See the class."""
-        return self._run(self.plan, 0, (pixels.float() - self.mean) / self.std)
+        return self._run(self.plan, 0, self.normalize(pixels))
 
     def _run(self, plan: Branching | int, gate: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Do what is left for one image; `x` is the input of the segment that ends at `gate`."""

@@ -125,14 +125,20 @@ class Names:
         yield from (decision.name for decision in self.decisions)
 
 
+def folded_segments(supernet: Supernet, tree: RouteTree) -> CutSegments:
+    """The segments of a supernet with BatchNorm folded in, for a trace: in the layout of plain
+    modules, not in that of `CutSegments(fold_bn=True)`."""
+    segments = CutSegments(supernet, tree, fold_bn=False)
+    fold_batch_norms(segments)
+    return segments
+
+
 class _Segments(nn.Module):
     """All segments of a supernet in one module: images -> every output of `Names.outputs`."""
 
     def __init__(self, supernet: Supernet, names: Names, routers: Sequence[Router]) -> None:
         super().__init__()
-        segments = CutSegments(supernet, names.tree, fold_bn=False)
-        fold_batch_norms(segments)
-        self.segments = segments
+        self.segments = folded_segments(supernet, names.tree)
         self.names = names
         # Routers keep tensors that they compute once; those of a trace must not stay in them.
         self.routers = copy.deepcopy(tuple(routers))

@@ -33,7 +33,7 @@ class SegmentOutput(Protocol):
 
 
 class EntryOutput(NamedTuple):
-    """What segments give that take a router's decision themselves."""
+    """Output of a graph that includes the decision of the router."""
 
     features: Float[Tensor, "batch ..."]
     """Features of the first gate."""

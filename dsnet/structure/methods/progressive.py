@@ -378,8 +378,8 @@ class _Descent:
         return found
 
     def _nearest(self, widths: Widths, target: Target, below: Widths, above: Widths) -> Widths:
-        """Of the sub-networks near the target the one that has lost the least importance; if none
-        is near, the one that comes nearest.
+        """The sub-network within `NEAR` of the target whose removed channels have the least
+        importance; if there is none, the one with the nearest MAdds.
 
         Of one changed group if one is enough, else of two.
         """

@@ -105,7 +105,7 @@ def test_the_default_is_the_engine_where_it_is_possible(folder: Path, tmp_path: 
 def test_every_router_takes_its_routes_in_every_engine(
     folder_of: Callable[[str], Path], name: str, engine: str
 ) -> None:
-    """Those that decide once, at every gate, and after an answer."""
+    """Routers that decide once, at every gate, and after the answer of a route."""
     own, ours = (load_bundle(folder_of(name), engine=each) for each in (TORCH, engine))
     assert check_bundle_examples(ours) == 16
     taken = set()
