@@ -40,8 +40,8 @@ class SpeedPanel:
     static: tuple[SpeedPoint, ...]
     """The static sub-networks by rising MAdds; the last one is the widest."""
     routers: Mapping[str, tuple[SpeedPoint, ...]]
-    """Kind of router -> those of its trials that are more accurate than all faster ones, the slowest
-    first."""
+    """Kind of router -> those of its trials that are more accurate than all faster ones, by falling
+    latency."""
 
     @property
     def widest(self) -> SpeedPoint:
