@@ -21,6 +21,7 @@ pytest.register_assert_rewrite("tests.search.contracts")
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.setdefault("DSNET_ALLOW_IMPORTS", "1")  # small networks to trace lie in tests/dsnet/nets.py
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 

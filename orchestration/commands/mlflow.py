@@ -10,6 +10,7 @@ from pathlib import Path
 from dsnet.errors import NotFoundError, PreflightError
 from dsnet.wording import plural
 from orchestration.config.export import registered_name
+from orchestration.config.store_uri import shown_uri
 from orchestration.results.protocol import Results
 from orchestration.runs.folder import MLFLOW_DATABASE, mlflow_artifact_root, mlflow_store_uri
 from orchestration.runs.lock import DriverLock
@@ -17,7 +18,8 @@ from orchestration.supernets.results import SupernetSweepResults
 from orchestration.supernets.tracking import TreeTrackers, replay_sweep, row_of
 from orchestration.tracking.database import is_server
 from orchestration.tracking.links import Link, certain_link, newest_links
-from orchestration.tracking.rows import make_tracker, store_uri, whole_sweep, write_bundles
+from orchestration.tracking.location import store_uri, whole_sweep
+from orchestration.tracking.rows import make_tracker, write_bundles
 
 SYNC_TIMEOUT_S = 600.0
 
@@ -52,9 +54,9 @@ def sync_again(results: Results) -> str:
     num_unsent = sum(summary.num_unsent for summary in summaries)
     if num_unsent:
         first = next(summary.first_error for summary in summaries if summary.num_unsent)
-        raise PreflightError(f"{plural(num_unsent, 'write')} to {uri} failed: {first}")
+        raise PreflightError(f"{plural(num_unsent, 'write')} to {shown_uri(uri)} failed: {first}")
     several = "" if "" in results.supernets else f" of {plural(len(results.supernets), 'supernet')}"
-    return f"{run.name}: {plural(results.num_trials, 'trial')}{several} stored in {uri}"
+    return f"{run.name}: {plural(results.num_trials, 'trial')}{several} stored in {shown_uri(uri)}"
 
 
 class BundleLog:
@@ -100,7 +102,7 @@ class BundleLog:
         if not summary.num_unsent:
             return None
         return (
-            f"the bundles are complete, but MLflow at {store_uri(results.config, results.run)} did not take all of them "
+            f"the bundles are complete, but MLflow at {shown_uri(store_uri(results.config, results.run))} did not take all of them "
             f"({summary.first_error}); repeat this export to log them"
         )
 

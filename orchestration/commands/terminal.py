@@ -24,10 +24,12 @@ from dsnet.wording import duration, plural, signed
 from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
 from orchestration.config.command_lines import command_line, has_own_network, launch_command
+from orchestration.config.store_uri import shown_uri
 from orchestration.progress import json_state, read_task_state
-from orchestration.runs.folder import MLFLOW_DATABASE, RunDir
+from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import read_lock
-from orchestration.tracking.database import is_server
+from orchestration.tracking.database import database_of, is_server
+from orchestration.tracking.location import store_uri
 from orchestration.wrapping import wrapped
 from search.front.analysis import optimism
 from search.front.points import trial_name
@@ -174,11 +176,10 @@ def say_places(results: Results, bundles: Sequence[Path]) -> None:
 
 def say_mlflow(results: Results) -> None:
     """Print where a run is in MLflow; nothing if it is not tracked."""
-    tracking, run = results.config.tracking, results.run
-    if tracking.mlflow:
-        is_on_server = tracking.uri is not None and is_server(tracking.uri)
-        how = "open it in a browser" if is_on_server else f"open: {command_line('ui', run.path)}"
-        say(f"mlflow    {tracking.uri or run.root / MLFLOW_DATABASE}   ({how})")
+    if results.config.tracking.mlflow:
+        uri = store_uri(results.config, results.run)
+        how = "open it in a browser" if is_server(uri) else f"open: {command_line('ui', results.run.path)}"
+        say(f"mlflow    {database_of(uri) or shown_uri(uri)}   ({how})")
 
 
 def front_rows(results: RunResults) -> list[dict[str, Any]]:

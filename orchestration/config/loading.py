@@ -27,6 +27,7 @@ from orchestration.config.presets import BUILT_IN_PRESETS, built_in_settings
 from orchestration.config.resolve import known_fields, supernet_space
 from orchestration.config.section import Section, is_nullable, requirement, section_class
 from orchestration.config.space import impossible_supernets
+from orchestration.config.store_uri import shown_uri
 from orchestration.config.supernet import CHECKPOINT_MODEL, SupernetConfig, resolve_regime
 from orchestration.config.sweep import SweepConfig
 from orchestration.config.warnings import config_warnings
@@ -214,7 +215,7 @@ def _swept_keys(settings: Mapping[str, Any], preset: Mapping[str, Any]) -> list[
 
 def _override_layer(text: str) -> _Layer:
     """The settings of one `--set a.b=value`."""
-    label = f"--set {text}"
+    label = f"--set {shown_uri(text)}"  # it may hold the password of a store
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"{label}: expected KEY=VALUE, for example --set supernet.train.epochs=5")

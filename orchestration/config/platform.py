@@ -41,6 +41,7 @@ class TrackingConfig(Section):
     mlflow: bool = True
     """Record the sweep in MLflow while it runs; `dsnet-orch sync` can do so later."""
     uri: Text | None = None
-    """Tracking server or database; null = sqlite in the runs folder."""
+    """Tracking server or database, without a password; null = $MLFLOW_TRACKING_URI, or else sqlite
+    in the runs folder."""
     experiment: Text | None = None
     """Name of the experiment; null = the name of the sweep."""

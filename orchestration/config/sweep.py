@@ -51,6 +51,7 @@ from orchestration.config.space import (
     point_problems,
     supernet_problems,
 )
+from orchestration.config.store_uri import URI_VARIABLE, has_secret, shown_uri, uri_problem
 from orchestration.config.supernet import (
     SupernetConfig,
     SupernetsConfig,
@@ -274,6 +275,15 @@ def _pick_problems(config: SweepConfig) -> Iterator[BrokenRule]:
 
 
 def _tracking_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    if (uri := config.tracking.uri) is not None:
+        problem = uri_problem(uri)
+        if has_secret(uri):
+            problem = (
+                f"{shown_uri(uri)!r} holds a password, which would be stored with the run; leave it out, and set the environment "
+                f"variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or {URI_VARIABLE} to the whole URI"
+            )
+        if problem is not None:
+            yield BrokenRule(("tracking", "uri"), problem)
     if config.export.register_as is not None and not config.tracking.mlflow:
         path: KeyPath = ("export", "register_as")
         message = "a model is registered in MLflow, but tracking.mlflow is false; set it to true, or this to null"

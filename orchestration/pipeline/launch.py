@@ -39,13 +39,13 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest, describe_hardware
 from orchestration.runs.stages import StagePlan, plan_stages
+from orchestration.tracking.location import store_uri
 from orchestration.tracking.protocol import Status, Tracker
 from orchestration.tracking.rows import (
     Standing,
     data_rows,
     make_tracker,
     stage_uid,
-    store_uri,
     sweep_end_ms,
     sweep_row,
     write_artifacts,

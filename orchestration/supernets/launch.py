@@ -68,11 +68,11 @@ from orchestration.supernets.tracking import (
     write_global_front,
     write_global_overview,
 )
+from orchestration.tracking.location import store_uri
 from orchestration.tracking.protocol import Tracker
 from orchestration.tracking.rows import (
     Standing,
     data_rows,
-    store_uri,
     sweep_end_ms,
     sweep_row,
     sweep_uid,
@@ -269,7 +269,7 @@ class _SupernetsLaunch:
         stack: ExitStack,
     ) -> _SupernetsLaunch:
         """Write the run's own files and open the outputs of the launch; `stack` closes them."""
-        usable = {member.name: _in_one_store(member, config, run) for member in members if member.prepared is not None}
+        usable = {member.name: _in_one_experiment(member, config) for member in members if member.prepared is not None}
         first = next(iter(usable.values())).prepared
         assert first is not None
         for warning in dict.fromkeys(text for item in usable.values() for text in _prepared(item).warnings()):
@@ -702,15 +702,13 @@ def _prepared(member: Member) -> Prepared:
     return member.prepared
 
 
-def _in_one_store(member: Member, config: SweepConfig, run: RunDir) -> Member:
-    """The member with the sweep's MLflow store, so that it writes to the same rows when launched or
-    synced alone."""
+def _in_one_experiment(member: Member, config: SweepConfig) -> Member:
+    """The member with the sweep's experiment, so that it writes to the same rows when launched or
+    synced alone; its store is that of the sweep (`orchestration.tracking.location`)."""
     prepared = _prepared(member)
     if not config.tracking.mlflow:
         return member
-    tracking = config.tracking.model_copy(
-        update={"uri": store_uri(config, run), "experiment": config.tracking.experiment or config.name}
-    )
+    tracking = config.tracking.model_copy(update={"experiment": config.tracking.experiment or config.name})
     own = prepared.config.model_copy(update={"tracking": tracking})
     return replace(member, prepared=replace(prepared, config=own))
 

@@ -19,6 +19,7 @@ from orchestration.supernets.members import MemberEntry
 from orchestration.supernets.report import global_headline, supernets_info, sweep_training_notes
 from orchestration.supernets.results import SupernetSweepResults
 from orchestration.tracking.background import MlflowTracker
+from orchestration.tracking.location import store_uri
 from orchestration.tracking.note import attach_front
 from orchestration.tracking.process import SharedWriter
 from orchestration.tracking.protocol import NullTracker, Status, TrackedRun, Tracker
@@ -27,7 +28,6 @@ from orchestration.tracking.rows import (
     by_cost,
     data_rows,
     replay,
-    store_uri,
     supernet_row,
     sweep_end_ms,
     sweep_row,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from orchestration.config.store_uri import shown_uri
 from orchestration.runs.curves import CurvePoint
 from orchestration.tracking.protocol import (
     RowStore,
@@ -174,8 +175,8 @@ class MlflowTracker:
         self._summary = replace(before, num_unsent=before.num_unsent + count, first_error=before.first_error or why)
         if before.first_error is None:
             self._warn(
-                f"MLflow at {self._store_uri} cannot be written ({why}). The sweep continues, and its results are kept in the run folder; "
-                f"write them later with: dsnet-orch sync {self._run_name}"
+                f"MLflow at {shown_uri(self._store_uri)} cannot be written ({why}). The sweep continues, and its results "
+                f"are kept in the run folder; write them later with: dsnet-orch sync {self._run_name}"
             )
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dsnet.errors import PreflightError
+from orchestration.config.store_uri import SQLITE
 from orchestration.tracking.view import view_tag
 
-SQLITE = "sqlite:///"
 BUSY_TIMEOUT_S = 5.0
 _LOCATIONS = (
     ("experiments", "artifact_location"),

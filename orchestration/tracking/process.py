@@ -25,8 +25,8 @@ from typing import Any
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.import_path import child_variables
+from orchestration.config.store_uri import SQLITE, without_secrets
 from orchestration.runs.curves import CurvePoint
-from orchestration.tracking.database import SQLITE
 from orchestration.tracking.protocol import TrackedBundle, TrackedData, TrackedRun, first_line
 from orchestration.tracking.store import MlflowStore
 
@@ -123,7 +123,7 @@ class MlflowWriter:
             child.process.kill()
             raise RuntimeError(f"the process that writes to MLflow ended with status {child.process.wait()}") from lost
         if error is not None:
-            raise RuntimeError(error)
+            raise RuntimeError(without_secrets(error, self._arguments[0]))
 
     def _start(self) -> _Child:
         if self._is_stopped:

@@ -16,7 +16,6 @@ from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.structure.stage import BASES
 from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
-from orchestration.config.loading import load_config
 from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.exported import exported_bundles
@@ -25,32 +24,14 @@ from orchestration.results.report import front_info, headline, training_notes
 from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts, resolved_settings
 from orchestration.runs.curves import CurvePoint, CurveTail
-from orchestration.runs.folder import RUN_NAME, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.runs.folder import RunDir, mlflow_artifact_root
 from orchestration.runs.stages import canonical_settings
 from orchestration.tracking.background import MlflowTracker
+from orchestration.tracking.location import store_uri, whole_sweep
 from orchestration.tracking.note import attach_front
 from orchestration.tracking.protocol import NullTracker, TrackedBundle, TrackedData, TrackedRun, Tracker
 from search.front.points import trial_name
 from search.study.study import TrialRecord
-
-
-def store_uri(config: SweepConfig, run: RunDir) -> str:
-    """The MLflow store of a run: as configured, or the database in the runs folder.
-
-    A member of a sweep of supernets is tracked with that sweep, at the sweep's present location.
-    """
-    whole = whole_sweep(run)
-    uri = config.tracking.uri if whole is run else load_config(whole.sweep_yaml).config.tracking.uri
-    return uri or mlflow_store_uri(whole.root)
-
-
-def whole_sweep(run: RunDir) -> RunDir:
-    """The sweep of supernets that a run is part of, or the run itself."""
-    above = run.root.parent
-    if not RUN_NAME.fullmatch(above.name):
-        return run
-    whole = RunDir(above.parent, above.name)
-    return whole if whole.supernets_dir == run.root and whole.supernets_json.is_file() else run
 
 
 def row_name(run: RunDir, name: str) -> str:

@@ -18,7 +18,8 @@ from typing import IO
 
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import child_variables
-from orchestration.tracking.database import SQLITE, is_server, mend_artifact_locations
+from orchestration.config.store_uri import absolute_uri, shown_uri
+from orchestration.tracking.database import is_server, mend_artifact_locations
 from orchestration.tracking.store import mlflow_environment
 
 LOOPBACK = "127.0.0.1"
@@ -51,14 +52,14 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
             f"From another machine use a tunnel: ssh -L {port}:{LOOPBACK}:{port} THIS_MACHINE"
         )
     if is_server(store_uri):
-        raise ConfigError(f"tracking.uri: {store_uri} is a server already; open it in a browser.")
+        raise ConfigError(f"tracking.uri: {shown_uri(store_uri)} is a server already; open it in a browser.")
     mend_artifact_locations(store_uri, artifact_root.absolute())
     port = free_port(port)
     url = f"http://{LOOPBACK}:{port}"
     # MLflow's workers put their working directory first on the import path, so it must not contain
     # modules of the user.
     with tempfile.TemporaryFile("w+b") as log, tempfile.TemporaryDirectory() as empty:
-        process = _start(_absolute(store_uri), artifact_root, port, log, Path(empty))
+        process = _start(absolute_uri(store_uri), artifact_root, port, log, Path(empty))
         try:
             _wait_until_it_answers(process, url, log)
             yield url
@@ -80,15 +81,9 @@ def free_port(wanted: int) -> int:
     raise PreflightError(f"no free port on {LOOPBACK}.")
 
 
-def _absolute(store_uri: str) -> str:
-    """The store's URI with an absolute path if it is an SQLite database; other stores unchanged."""
-    path = store_uri.removeprefix(SQLITE)
-    return store_uri if path == store_uri else f"{SQLITE}{Path(path).absolute()}"
-
-
 def _start(store_uri: str, artifact_root: Path, port: int, log: IO[bytes], folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", LOOPBACK, "--port", str(port)]
-    command += ["--backend-store-uri", store_uri, "--default-artifact-root", artifact_root.absolute().as_uri()]
+    command += ["--default-artifact-root", artifact_root.absolute().as_uri()]
     # A process group of its own: Ctrl-C reaches only this process, which ends server and workers.
     return subprocess.Popen(
         command,
@@ -96,7 +91,8 @@ def _start(store_uri: str, artifact_root: Path, port: int, log: IO[bytes], folde
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **child_variables(), **mlflow_environment()},
+        # Not on the command line, which other users see: it may hold a password.
+        env={**os.environ, **child_variables(), **mlflow_environment(), "MLFLOW_BACKEND_STORE_URI": store_uri},
         start_new_session=True,
     )
 

@@ -78,13 +78,17 @@ def test_only_columns_that_are_shown_are_explained(
     ("uri", "place", "way"),
     [
         (None, "/my runs/mlflow.db", "open: dsnet-orch ui '/my runs/mine'"),
-        ("sqlite:////elsewhere/mlflow.db", "sqlite:////elsewhere/mlflow.db", "open: dsnet-orch ui '/my runs/mine'"),
+        ("sqlite:////elsewhere/mlflow.db", "/elsewhere/mlflow.db", "open: dsnet-orch ui '/my runs/mine'"),
         ("https://mlflow.example", "https://mlflow.example", "open it in a browser"),
+        ("$https://me:pw@mlflow.example", "https://***@mlflow.example", "open it in a browser"),
     ],
 )
 def test_the_way_to_mlflow_leads_to_this_run_in_its_own_store(
-    uri: str | None, place: str, way: str, capsys: pytest.CaptureFixture[str]
+    uri: str | None, place: str, way: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if uri is not None and uri.startswith("$"):  # by the environment
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri[1:])
+        uri = None
     results: Any = SimpleNamespace(
         run=RunDir(Path("/my runs"), "mine"), config=SimpleNamespace(tracking=SimpleNamespace(mlflow=True, uri=uri))
     )

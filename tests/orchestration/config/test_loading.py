@@ -137,6 +137,10 @@ def test_set_reads_its_value_as_yaml(sweep: Path, override: str, dotted: str, va
         ("seed.x=1", "--set seed.x=1: seed: expected a whole number; got a mapping with x"),
         ("sede=1", "--set sede=1: sede: unknown key 'sede'; did you mean 'seed'?"),
         ("space.gate.target={uniform: [1, 0]}", "is the wrong way round; write [0, 1]"),
+        (
+            "tracking.uri=http://me:pw7@h",
+            "--set tracking.uri=http://***@h: tracking.uri: 'http://***@h' holds a password",
+        ),
         ("presets.a.seed=1", "presets can be written in the file only"),
         (
             "supernet.train={batch_size: 128, accumulate: 65}",
@@ -520,6 +524,14 @@ BAD_VALUES = [
     (
         "data: {name: digits, augment: {crop_scale: [0.1, 0.9], crop_padding: 4}}",
         "5:70: data.augment.crop_padding: 4 pixels cannot be combined with crop_scale, which crops already; remove one",
+    ),
+    (
+        "tracking: {uri: 'postgresql://me:pw7@db/ml'}",
+        "5:17: tracking.uri: 'postgresql://***@db/ml' holds a password, which would be stored with the run; leave it out, and set",
+    ),
+    (
+        "tracking: {uri: mlflow.db}",
+        "5:17: tracking.uri: 'mlflow.db' is a path and no URI; for a database write sqlite:///PATH",
     ),
     ("presets: 3", "5:10: presets: expected NAME: settings; got 3"),
     ("presets: {a: 3}", "5:14: presets.a: expected settings; got 3"),

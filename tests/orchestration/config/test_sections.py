@@ -111,11 +111,14 @@ CONFIGS = st.fixed_dictionaries(
             },
         ),
         "measure": st.fixed_dictionaries({"batch_sizes": SIZES, "group_sizes": SIZES}),
-        "tracking": st.fixed_dictionaries({"uri": st.one_of(st.none(), TEXT), "mlflow": st.booleans()}),
+        "tracking": st.fixed_dictionaries(
+            {"uri": st.sampled_from([None, "http://host:5000", "sqlite:///a b.db"]), "mlflow": st.booleans()}
+        ),
         "export": st.fixed_dictionaries({"picks": st.lists(st.sampled_from(PICKS), min_size=1, max_size=3)}),
         "presets": st.dictionaries(TEXT, st.just({"budget": {"trials": 3}}), max_size=2),
     },
 ).map(SweepConfig.model_validate)
+STORES = ("http://host:5000", "sqlite:///a b.db")
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from dsnet.errors import ConfigError
 from orchestration.runs.folder import RunDir
 from orchestration.tracking.links import certain_link, link_to, newest_links, open_in_browser
-from orchestration.tracking.rows import store_uri, sweep_uid, whole_sweep
+from orchestration.tracking.location import store_uri, whole_sweep
+from orchestration.tracking.rows import sweep_uid
 from orchestration.tracking.view import view_path
 from tests.orchestration.samples import Finished
 
@@ -31,7 +33,7 @@ def test_a_run_whose_points_are_not_there_is_written_first(finished: Finished, t
 
 
 def test_one_of_several_supernets_is_tracked_with_its_sweep_where_that_lies_today(
-    finished: Finished, tmp_path: Path
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = RunDir(tmp_path / "moved", "sweep")
     member = RunDir(whole.supernets_dir, "s0-3432dade")
@@ -44,6 +46,12 @@ def test_one_of_several_supernets_is_tracked_with_its_sweep_where_that_lies_toda
     whole.sweep_yaml.write_text(finished.run.sweep_yaml.read_text())
     assert whole_sweep(member).path == whole.path
     assert store_uri(config, member) == f"sqlite:///{tmp_path}/moved/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
+    monkeypatch.chdir(tmp_path)
+    assert store_uri(config, member) == f"sqlite:///{tmp_path}/here.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
+    with pytest.raises(ConfigError, match=r"^\$MLFLOW_TRACKING_URI: 'mlruns' is a path and no URI"):
+        store_uri(config, member)
 
 
 def test_no_browser_is_opened_without_a_screen_or_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:

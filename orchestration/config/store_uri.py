@@ -1,0 +1,72 @@
+"""URIs of MLflow stores, as a person writes them: which are understood, and what of them may be
+shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+"""The environment variable that is the default of `tracking.uri`, as everywhere in MLflow."""
+SQLITE = "sqlite:///"
+HIDDEN = "***"
+_WITHOUT_SCHEME = ("databricks", "databricks-uc")
+"""Stores that MLflow knows by a word alone."""
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_USER = re.compile(r"(?<=://)[^/?#@]*@")
+_SECRET_VALUE = re.compile(r"(?i)((?:password|passwd|pwd|token|secret|key)=)([^&#]*)")
+
+
+def uri_of_environment() -> str | None:
+    """The store that the environment names; None if it names none."""
+    return os.environ.get(URI_VARIABLE, "").strip() or None
+
+
+def uri_problem(uri: str) -> str | None:
+    """Why a URI names no store that a sweep can be recorded in; None if it does."""
+    if uri in _WITHOUT_SCHEME:
+        return None
+    if not _SCHEME.match(uri):
+        return (
+            f"{shown_uri(uri)!r} is a path and no URI; for a database write {SQLITE}PATH, for a server http://HOST:PORT"
+        )
+    if not uri.startswith("sqlite:"):
+        return None
+    path = uri.removeprefix(SQLITE)
+    if path == uri or not path or path == ":memory:":
+        return f"{shown_uri(uri)!r} names no file; write {SQLITE}PATH, with a fourth slash before an absolute path"
+    if set("%?") & set(path):
+        return f"{shown_uri(uri)!r} has '%' or '?' in the path, which MLflow and SQLite read differently; choose another path"
+    return None
+
+
+def absolute_uri(uri: str) -> str:
+    """The URI with an absolute path if it is a file of SQLite, which is else taken from the working
+    directory of whatever process opens it; other URIs unchanged."""
+    path = uri.removeprefix(SQLITE)
+    return uri if path == uri else f"{SQLITE}{Path(path).expanduser().absolute()}"
+
+
+def has_secret(uri: str) -> bool:
+    """Whether a URI holds a password or a token."""
+    return shown_uri(uri) != uri
+
+
+def shown_uri(uri: str) -> str:
+    """The URI for people and files: without user, password and secret parameters."""
+    return _SECRET_VALUE.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", uri))
+
+
+def without_secrets(text: str, uri: str) -> str:
+    """A text, such as a message of MLflow, in which the secrets of a URI are hidden."""
+    if not has_secret(uri):
+        return text
+    text = text.replace(uri, shown_uri(uri))
+    parts = urlsplit(uri)
+    own = [match[0] for match in _USER.finditer(uri)] + [match[2] for match in _SECRET_VALUE.finditer(uri)]
+    for secret in (*own, parts.password):
+        if secret:
+            text = text.replace(secret, HIDDEN)
+    return text
