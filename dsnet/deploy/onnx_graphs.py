@@ -249,6 +249,11 @@ class SegmentGraphs:
             _log.warning("%s; engines will ask the routers in Python, which is slower", error)
             return without
 
+    def giving(self, parts: Sequence[str]) -> SegmentGraphs:
+        """The same graphs, whose segments give only these parts of the evidence, which are among
+        those that were exported."""
+        return replace(self, names=replace(self.names, parts=tuple(parts)))
+
     def segment(self, gate: int, node: int) -> ModelProto:
         """The segment that ends at a node of a gate: images, or features of the gate before -> its
         features and evidence."""

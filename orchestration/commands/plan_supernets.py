@@ -25,6 +25,7 @@ from orchestration.pipeline.search import continued
 from orchestration.prepare.preparation import Images, load_images, prepare, stage_definitions
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StagePlan, plan_stages
+from orchestration.pipeline.export import Formats
 from orchestration.supernets.launch import check_supernets, export_gates, picked_supernets, tune_member, tune_rules
 from orchestration.supernets.members import Member, draw_members
 from orchestration.supernets.report import write_supernets_report
@@ -144,7 +145,9 @@ def report_supernets_again(results: SupernetSweepResults) -> Path:
     return write_supernets_report(results, notes, "complete" if results.is_verified else "stopped")
 
 
-def export_supernets_again(results: SupernetSweepResults, picks: Sequence[str], folder: Path | None) -> list[Path]:
+def export_supernets_again(
+    results: SupernetSweepResults, picks: Sequence[str], folder: Path | None, formats: Formats
+) -> list[Path]:
     """Write bundles of picked gates, or sets of operating points, of any of the supernets; returns
     their folders."""
     images = _images_again(results)
@@ -154,4 +157,4 @@ def export_supernets_again(results: SupernetSweepResults, picks: Sequence[str], 
         for name, member in results.supernets.items()
         if name in wanted
     }
-    return export_gates(results, picks, prepared, folder or results.run.export_dir)
+    return export_gates(results, picks, prepared, folder or results.run.export_dir, formats)

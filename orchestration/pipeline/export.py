@@ -6,8 +6,9 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, BundleContents, save_bundle
 from dsnet.deploy.engines import can_write_graphs
-from dsnet.deploy.exporters import BUNDLE, CheckedExporter, exporters
+from dsnet.deploy.exporters import BUNDLE, CheckedExporter, DataExporter, exporters
 from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints
+from dsnet.deploy.precisions import precision_of_format
 from dsnet.dotted import nest
 from dsnet.errors import DsnetError, NotFoundError
 from dsnet.routers.base import Router
@@ -33,6 +35,7 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.config.export import MEMBERS, gate_picks, point_sets
 from orchestration.pipeline.claims import bundle_claims, gate_point_claims, member_claims
+from orchestration.pipeline.precision_accuracy import measure_precision
 from orchestration.prepare.preparation import Prepared
 from orchestration.results.run import RunResults, picked_slots
 from orchestration.runs.folder import KNEE
@@ -46,7 +49,22 @@ EXAMPLE_SEED = 0
 """Seed of the draw of the examples."""
 
 
-def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Formats:
+    """The formats in which bundles are written."""
+
+    chosen: Sequence[str] | None
+    """As in `export.formats`; None: the graphs for inference engines, if the packages are
+    installed and the graphs can be written."""
+    further: Sequence[str] = ()
+    """Names of exporters beside those."""
+    say: Callable[[str], None] = _log.info
+    """Called with one sentence about each accuracy that is measured in another precision."""
+
+
+def export_picks(
+    prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path, formats: Formats
+) -> list[Path]:
     """Write a bundle for each picked trial and each picked set of operating points, and the link
     `knee` to the bundle of the front's knee; returns the bundles' folders.
 
@@ -57,13 +75,14 @@ def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], 
         results: the run.
         picks: as of `orchestration.results.run.picked_slots`; also `members` and `front`.
         folder: receives one folder per trial or set.
+        formats: the formats of each bundle.
 
     Raises:
         ConfigError, NotFoundError, CheckpointError: as `picked_slots` and `export_bundles`.
     """
     slots = picked_slots(results, gate_picks(picks))
-    paths = export_bundles(prepared, results, slots, folder) if slots else []
-    paths += export_point_sets(prepared, results, point_sets(picks), results.front, folder)
+    paths = export_bundles(prepared, results, slots, folder, formats) if slots else []
+    paths += export_point_sets(prepared, results, point_sets(picks), results.front, folder, formats)
     if results.knee is not None:
         link_knee(folder, folder / trial_name(results.knee))
     return paths
@@ -86,7 +105,9 @@ def link_knee(folder: Path, bundle: Path) -> None:
         new.replace(link)
 
 
-def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int], folder: Path) -> list[Path]:
+def export_bundles(
+    prepared: Prepared, results: RunResults, slots: Sequence[int], folder: Path, formats: Formats
+) -> list[Path]:
     """Write one bundle per trial.
 
     Args:
@@ -94,6 +115,7 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
         results: the run.
         slots: the trials.
         folder: receives one folder per trial.
+        formats: the formats of each bundle.
 
     Returns:
         the bundles' folders.
@@ -111,13 +133,18 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
         description = source.description(path.name, [router]) | source.facts(router, claims, slot)
         gate_yaml = _to_yaml("A gate configuration", description)
         save_bundle(path, source.contents(router), claims=claims, gate_yaml=gate_yaml)
-        write_chosen_formats(path, prepared.config.export.formats)
+        write_chosen_formats(path, formats, BundleSource(prepared, results, {path.name: router}))
         paths.append(path)
     return paths
 
 
 def export_point_sets(
-    prepared: Prepared, results: RunResults, sets: Sequence[str], front: Sequence[int], folder: Path
+    prepared: Prepared,
+    results: RunResults,
+    sets: Sequence[str],
+    front: Sequence[int],
+    folder: Path,
+    formats: Formats,
 ) -> list[Path]:
     """Write one bundle with several operating points for each of `sets`; returns their folders.
 
@@ -129,6 +156,7 @@ def export_point_sets(
         sets: `members`, all static sub-networks without the teacher; `front`, the gates of a front.
         front: slots of the gates of this front.
         folder: receives one folder for each set, of its name.
+        formats: the formats of each bundle.
 
     Raises:
         NotFoundError: a stage has not finished, or the front is empty.
@@ -150,9 +178,20 @@ def export_point_sets(
         ]
         gate_yaml = _to_yaml("Operating points", description)
         save_bundle(path, contents, claims=claims, gate_yaml=gate_yaml)
-        write_chosen_formats(path, prepared.config.export.formats)
+        routers = {point.name: point.router for point in points}
+        write_chosen_formats(path, formats, BundleSource(prepared, results, routers))
         paths.append(path)
     return paths
+
+
+@dataclass(frozen=True)
+class BundleSource:
+    """The run of which a bundle was made, for formats that need its images."""
+
+    prepared: Prepared
+    results: RunResults
+    routers: Mapping[str, Router]
+    """The routers of the operating points by name, over the routes of the run's tables."""
 
 
 class _Source:
@@ -249,42 +288,51 @@ class _Source:
         return facts
 
 
-def write_chosen_formats(bundle: Path, formats: Sequence[str] | None) -> None:
-    """Write the formats of `export.formats`.
+def write_chosen_formats(bundle: Path, formats: Formats, source: BundleSource) -> None:
+    """Write the formats of a bundle.
 
     Args:
         bundle: folder of the bundle.
-        formats: None: the graphs for inference engines, if the packages are installed; where they
-            cannot be written, a warning says why, and the bundle runs in torch.
+        formats: without a choice, where the graphs for inference engines cannot be written, a
+            warning says why, and the bundle runs in torch.
+        source: the run.
     """
-    if formats is not None:
-        write_formats(bundle, formats)
+    if formats.chosen is not None:
+        write_formats(bundle, formats.chosen, source, formats.say)
     elif can_write_graphs():
         try:
-            write_formats(bundle, [ONNX])
+            write_formats(bundle, [ONNX], source, formats.say)
         except DsnetError as error:
             _log.warning("%s has no ONNX files, so that it runs in torch alone: %s", bundle.name, error)
+    write_formats(bundle, formats.further, source, formats.say)
 
 
-def write_formats(bundle: Path, formats: Sequence[str]) -> None:
+def write_formats(bundle: Path, names: Sequence[str], source: BundleSource, say: Callable[[str], None]) -> None:
     """Write further formats of a bundle, each into a folder of its name inside it; an existing one
-    is replaced.
+    is replaced. The accuracy in another precision is measured.
 
     Args:
         bundle: folder of the bundle.
-        formats: names of exporters; the bundle itself is left out.
+        names: names of exporters; the bundle itself is left out.
+        source: the run.
+        say: called with a sentence about each accuracy that is measured.
     """
-    for name in formats:
+    for name in names:
         if name == BUNDLE:
             continue
         new, final = bundle / f".{name}.{os.getpid()}", bundle / name
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         try:
-            exporter = exporters()[name]
-            exporter.write(bundle, new)
+            exporter, precision = exporters()[name], precision_of_format(name)
+            if isinstance(exporter, DataExporter):
+                exporter.write_with(bundle, new, source.prepared.data)
+            else:
+                exporter.write(bundle, new)
             if isinstance(exporter, CheckedExporter):
                 exporter.check(bundle, new)
+            if precision is not None:
+                measure_precision(bundle, new, precision, source.prepared, source.results, source.routers, say)
             shutil.rmtree(final, ignore_errors=True)
             new.replace(final)
         finally:
