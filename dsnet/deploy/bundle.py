@@ -32,6 +32,7 @@ from dsnet.deploy.layout import FLOAT32, INT8, MANIFEST
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints, prefix_of, read_points, store_points
 from dsnet.deploy.precisions import (
     accuracy_sentence,
+    claims_of_point,
     compare_rounded,
     graphs_folder,
     read_accuracy,
@@ -287,8 +288,8 @@ class Bundle:
         """A line about the accuracy in int8, if the bundle has int8 graphs."""
         folder = self.path / graphs_folder(INT8)
         if (folder / onnx_files.LISTING).is_file():
-            points = read_accuracy(folder).get("points", {})
-            sentence = accuracy_sentence(INT8, points.get(self.operating_point.name, {})).removeprefix(f"{INT8}: ")
+            claims = claims_of_point(read_accuracy(folder), self.operating_point.name)
+            sentence = accuracy_sentence(INT8, claims).removeprefix(f"{INT8}: ").removeprefix(f"{INT8} ")
             own = "this precision" if self.precision == INT8 else f'dsnet.load_bundle(path, precision="{INT8}")'
             yield f"{INT8}    {sentence}; {own}"
 

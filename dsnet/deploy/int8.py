@@ -6,15 +6,17 @@ Convolutions and matrix products of the network are quantised; the classifiers, 
 pooling and the evidence of a gate (attention), and the decisions themselves stay in float32, so
 that a decision is not quantised beyond the features that it reads.
 
-Weights are int8 in -64..64, one scale per output channel, because processors without VNNI add pairs
-of products of uint8 and int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not, and would be
-cut off. With this range every processor computes the same sums. Activations are int8 with an offset.
+Activations are uint8 with an offset: ONNX Runtime leaves most convolutions of int8 activations in
+float32 on x86, while it runs those of uint8 in integers everywhere. Weights are int8 in -64..64
+with one scale per output channel, because x86 processors without VNNI add pairs of products in 16
+bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not, and would be cut off. With this range every
+processor computes the same sums.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from dsnet.data.normalization import Normalization
 from dsnet.data.tensors import TensorData
 from dsnet.deploy.bundle import bundle_with_graphs, check_graphs, load_bundle, stored_examples, stored_parts
 from dsnet.deploy.engines import TORCH, graph_engines
@@ -34,6 +37,8 @@ from dsnet.deploy.onnx_graphs import IMAGES, Names, SegmentGraphs
 from dsnet.deploy.operating_points import prefix_of
 from dsnet.deploy.precisions import store_answers
 from dsnet.errors import DsnetError
+from dsnet.network.supernet import Supernet
+from dsnet.routers.base import Router
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -63,14 +68,31 @@ def write_int8(path: Path, folder: Path, data: TensorData) -> None:
         DsnetError: the packages are missing, or the network cannot be exported or quantised.
     """
     stored = stored_parts(path)
-    routers, size = [point.router for point in stored.points], stored.image_shape[1]
+    write_int8_graphs(stored.supernet, [point.router for point in stored.points], stored.normalization, data, folder)
+    _store_answers(path, folder)
+
+
+def write_int8_graphs(
+    supernet: Supernet, routers: Sequence[Router], normalization: Normalization, data: TensorData, folder: Path
+) -> None:
+    """Write the graphs of a supernet in int8; as `dsnet.deploy.onnx_files.write_graphs`.
+
+    Args:
+        supernet: on the CPU; every member is a route.
+        routers: the routers that run with the graphs.
+        normalization: the normalisation of the images.
+        data: the images of the run, with `gate`.
+        folder: receives the files.
+
+    Raises:
+        DsnetError: as `write_int8`.
+    """
     needed = needed_parts(routers)
     # With `hidden`, the layers of an attention are found also where no router reads their result.
     parts = sorted({*needed, "hidden"})
-    graphs = SegmentGraphs.of(stored.supernet, parts, size, deciding_routers(routers))
-    images = stored.normalization.apply(calibration_images(data.images("gate")))
+    graphs = SegmentGraphs.of(supernet, parts, data.image_shape[1], deciding_routers(routers))
+    images = normalization.apply(calibration_images(data.images("gate")))
     store_graphs(quantized(graphs, images).giving(needed), routers, folder)
-    _store_answers(path, folder)
 
 
 def calibration_images(
@@ -95,12 +117,14 @@ def quantized(graphs: SegmentGraphs, images: Float[Tensor, "images channels heig
         import onnx
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     except ImportError as error:
-        raise DsnetError(f"format onnx_int8 needs further packages ({error}): pip install 'dsnet-orch[deploy]'") from error
+        raise DsnetError(
+            f"format onnx_int8 needs further packages ({error}): pip install 'dsnet-orch[deploy]'"
+        ) from error
     kept = _kept_in_float(graphs.whole.graph, graphs.names)
     if all(node.op_type not in _PRODUCTS or node.name in kept for node in graphs.whole.graph.node):
         raise DsnetError("the network cannot be quantised: it has no convolution or matrix product but the classifiers")
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         """Batches of the images."""
 
         def __init__(self) -> None:
@@ -123,7 +147,7 @@ def quantized(graphs: SegmentGraphs, images: Float[Tensor, "images channels heig
                 nodes_to_exclude=sorted(kept),
                 per_channel=True,
                 reduce_range=True,
-                activation_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
         except Exception as error:  # an operation that it does not know may raise anything
@@ -135,20 +159,22 @@ def quantized(graphs: SegmentGraphs, images: Float[Tensor, "images channels heig
 
 def _kept_in_float(graph: GraphProto, names: Names) -> set[str]:
     """Names of the nodes that are not quantised: those on which neither features nor logits depend,
-    those between a pooling and the evidence, and the classifiers."""
+    those between a pooling and the evidence, those that read the evidence, because a product rounds
+    its input, and the classifiers."""
     maker = {output: node for node in graph.node for output in node.output}
     gates = [(gate, node) for gate, branches in enumerate(names.tree.gates) for node in range(branches.num_nodes)]
     features = [names.features(*place) for place in gates]
     logits = [names.logits(route) for route in range(names.tree.num_routes)]
-    evidence = [names.evidence(*place, part) for place in gates for part in names.parts]
+    evidence = {names.evidence(*place, part) for place in gates for part in names.parts}
     network = {node.name for node in _before(maker, [*features, *logits])}
     read = _before(maker, evidence, is_end=lambda node: node.op_type in _POOLINGS)
     last = _before(maker, logits, is_end=lambda node: node.op_type in _PRODUCTS)
-    return {node.name for node in graph.node} - network | {node.name for node in (*read, *last)}
+    beyond = (node for node in graph.node if not evidence.isdisjoint(node.input))
+    return {node.name for node in graph.node} - network | {node.name for node in (*read, *beyond, *last)}
 
 
 def _before(
-    maker: dict[str, NodeProto], tensors: Sequence[str], is_end: Callable[[NodeProto], bool] = lambda node: False
+    maker: dict[str, NodeProto], tensors: Collection[str], is_end: Callable[[NodeProto], bool] = lambda node: False
 ) -> Iterator[NodeProto]:
     """The nodes on which tensors depend, back to the first ones for which `is_end` holds."""
     waiting, seen = list(tensors), set(tensors)
@@ -183,14 +209,16 @@ def _quantize_inputs_of_segments(model: ModelProto, names: Names) -> None:
                 other.input[:] = [again if name == tensor else name for name in other.input]
             step = node.input[1:]
             position = [id(each) for each in nodes].index(id(node))
-            nodes.insert(position + 1, helper.make_node("QuantizeLinear", [tensor, *step], [rounded], f"{rounded}_node"))
+            nodes.insert(
+                position + 1, helper.make_node("QuantizeLinear", [tensor, *step], [rounded], f"{rounded}_node")
+            )
             nodes.insert(position + 2, helper.make_node("DequantizeLinear", [rounded, *step], [again], f"{again}_node"))
 
 
 def _store_answers(path: Path, folder: Path) -> None:
     """Store the routes and logits of the examples, as ONNX Runtime gives them in int8."""
     bundle = bundle_with_graphs(path, folder, graph_engines()[0], INT8)
-    answers = {}
+    answers: dict[str, Tensor] = {}
     for number, examples in enumerate(stored_examples(load_bundle(path, engine=TORCH))):
         output = bundle.at(examples.point).net(bundle.normalization.apply(examples.images))
         answers |= {f"{prefix_of(number)}routes": output.routes.clone()}

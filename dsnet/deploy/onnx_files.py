@@ -1,10 +1,11 @@
 """The ONNX graphs of a bundle: their files, and the segments that an engine runs from them.
 
-The folder `onnx` of a bundle, and `onnx_int8` with quantised graphs (`dsnet.deploy.int8`), has a graph for every segment up to a gate, and one for the rest of
-every route after the first gate. Where a router decides at several gates, or there are many routes,
-there is a graph for every segment between gates instead, so that routes share them. A router that
-decides once also has a graph of everything up to and with its decision, so that an image costs one
-call for each route that it runs. `graphs.json` lists the graphs with their SHA-256.
+The folder `onnx` of a bundle, and `onnx_int8` with quantised graphs (`dsnet.deploy.int8`), has a
+graph for every segment up to a gate, and one for the rest of every route after the first gate.
+Where a router decides at several gates, or there are many routes, there is a graph for every
+segment between gates instead, so that routes share them. A router that decides once also has a
+graph of everything up to and with its decision, so that an image costs one call for each route that
+it runs. `graphs.json` lists the graphs with their SHA-256.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ ACCURACY = "accuracy.json"
 ANSWERS = "answers.safetensors"
 """The file with the routes and logits of the bundle's examples in a precision, in its folder."""
 LOGIT_TOLERANCE = 0.05
-"""Largest accepted difference to a logit of `ANSWERS`, relative to the largest one. Sums of integers
-are exact, but a float32 value between them (attention, additions) may differ in its last bit with
-the processor, engine or batch, and be rounded to the next of the 256 steps of an activation, which
-changes what follows."""
+"""Largest accepted difference to a logit of `ANSWERS`, relative to the largest one. Sums of
+integers are exact, but a float32 value between them (attention, additions) may differ in its last
+bit with the processor, engine or batch, and be rounded to the next of the 256 steps of an
+activation, which changes what follows."""
 MAX_OTHER_ROUTES = 1 / 8
 """Share of the examples that may take another route than in `ANSWERS`, for the same reason: a
 decision near its threshold changes."""
@@ -52,12 +52,6 @@ def graphs_folder(precision: str) -> str:
     if precision not in _FOLDERS:
         raise ConfigError(f"unknown precision {precision!r}{way_out(precision, precision_names())}")
     return _FOLDERS[precision]
-
-
-def precision_of_format(name: str) -> str | None:
-    """The precision other than float32 whose graphs a format holds; None if it is no such
-    format."""
-    return next((own for own, folder in _FOLDERS.items() if folder == name and own != FLOAT32), None)
 
 
 def store_accuracy(folder: Path, content: Mapping[str, Any]) -> None:
@@ -85,8 +79,8 @@ def read_accuracy(folder: Path) -> Mapping[str, Any]:
 
 
 def store_answers(folder: Path, answers: Mapping[str, Shaped[Tensor, "*_"]]) -> None:
-    """Store the answers to the bundle's examples beside the graphs that gave them, and their hash in
-    the list of graphs.
+    """Store the answers to the bundle's examples beside the graphs that gave them, and their hash
+    in the list of graphs.
 
     Args:
         folder: with the graphs.
@@ -141,11 +135,24 @@ def compare_rounded(
         )
 
 
+def claims_of_point(accuracy: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The claims of an operating point by split; empty if its accuracy was not measured.
+
+    The only point of a bundle has the name of its folder, which may have been renamed.
+
+    Args:
+        accuracy: result of `read_accuracy`.
+        name: name of the point.
+    """
+    points: Mapping[str, Mapping[str, Any]] = accuracy.get("points", {})
+    return next(iter(points.values())) if len(points) == 1 else points.get(name, {})
+
+
 def with_own_claims(point: OperatingPoint, accuracy: Mapping[str, Any]) -> OperatingPoint:
     """The point with the claims of a precision in place of those of float32: latencies, which were
     not measured in it, are left out."""
     kept = {name: point.claims[name] for name in (SHARED_CLAIM, ORIGIN_CLAIM) if name in point.claims}
-    return replace(point, claims={**kept, **accuracy.get("points", {}).get(point.name, {})})
+    return replace(point, claims={**kept, **claims_of_point(accuracy, point.name)})
 
 
 def accuracy_sentence(precision: str, claims: Mapping[str, Any]) -> str:

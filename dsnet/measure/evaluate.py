@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -132,6 +132,20 @@ def sample_training_images(
     return {"split": "train", "num_images": num_images, "name": widest.name, "top1": right / num_images}
 
 
+class GivenSegments(NamedTuple):
+    """Segments that run in place of a supernet's weights, such as graphs in an engine."""
+
+    segments: Segments
+    """On the CPU."""
+    parts: Sequence[str]
+    """The parts of the evidence that they give, and that a table stores."""
+
+    def num_gates(self, tree: RouteTree) -> int:
+        """The number of gates at which they give evidence: segments that are not shared after the
+        first gate give it there alone."""
+        return len(tree.gates) if self.segments.shares_segments else 1
+
+
 @exact_float32()
 @torch.no_grad()
 def build_routing_table(
@@ -140,8 +154,7 @@ def build_routing_table(
     split: str,
     normalization: Normalization,
     *,
-    segments: Segments | None = None,
-    parts: Sequence[str] = EVIDENCE_PARTS,
+    given: GivenSegments | None = None,
     batch_size: int = EVALUATION_BATCH,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoutingTable:
@@ -153,21 +166,18 @@ def build_routing_table(
         data: data with the split.
         split: name of the split.
         normalization: the normalisation that the supernet was trained with.
-        segments: what runs in place of the supernet's weights, such as graphs in an engine, on the
-            CPU.
-        parts: the parts of the evidence that are stored; with `segments`, those that they give.
-            Segments that are not shared after the first gate give evidence there alone.
+        given: what runs in place of the supernet's weights.
         batch_size: images at a time.
         on_progress: called with (images done, images in all).
     """
     subnets = supernet.subnets
     tree = RouteTree.of(subnets)
-    num_gates = 1 if segments is not None and not segments.shares_segments else len(tree.gates)
-    plan = _EvidencePlan(supernet, tree, data.image_shape[-1], parts, num_gates)
-    if segments is None:
+    if given is None:
+        plan = _EvidencePlan(supernet, tree, data.image_shape[-1], EVIDENCE_PARTS, len(tree.gates))
         run = partial(each_logits, supernet, subnets=subnets.members)
     else:
-        run = partial(_logits_of_segments, segments, supernet, tree)
+        plan = _EvidencePlan(supernet, tree, data.image_shape[-1], given.parts, given.num_gates(tree))
+        run = partial(_logits_of_segments, given, supernet, tree)
     device = next(supernet.parameters()).device
     supernet.eval()
     rows: list[dict[str, Tensor]] = []
@@ -177,12 +187,13 @@ def build_routing_table(
         images = normalization.apply(batch.images.to(device))
         seen: dict[tuple[int, int], Tensor] = {}
         answers_of = {
-            subnet.name: _answers(logits, labels)
-            for subnet, logits in run(images=images, on_node=plan.collector(seen))
+            subnet.name: _answers(logits, labels) for subnet, logits in run(images=images, on_node=plan.collector(seen))
         }
         per_route = [answers_of[subnet.name] for subnet in subnets]
         row = {name: torch.stack([answers[name] for answers in per_route], dim=1) for name in per_route[0]}
-        row["evidence"] = torch.cat([images.new_zeros(len(images), 0), *(seen[place] for place in plan.places if place in seen)], dim=1)
+        row["evidence"] = torch.cat(
+            [images.new_zeros(len(images), 0), *(seen[place] for place in plan.places if place in seen)], dim=1
+        )
         rows.append({name: value.cpu() for name, value in row.items()})
         done += len(labels)
         on_progress(done, data.num_images(split))
@@ -214,11 +225,10 @@ _Collect = Callable[[int, Subnet, _WithEvidence], None]
 
 
 def _logits_of_segments(
-    segments: Segments, supernet: Supernet, tree: RouteTree, images: Tensor, on_node: _Collect
+    given: GivenSegments, supernet: Supernet, tree: RouteTree, images: Tensor, on_node: _Collect
 ) -> Iterator[tuple[Subnet, Tensor]]:
     """Run all routes with segments, each shared one once; as `each_logits`."""
-    members = supernet.subnets
-    num_gates = len(tree.gates) if segments.shares_segments else 1
+    members, segments, num_gates = supernet.subnets, given.segments, given.num_gates(tree)
     inputs = {0: images}
     for gate, branches in enumerate(tree.gates[:num_gates]):
         found = {}
@@ -237,9 +247,9 @@ def _logits_of_segments(
 class _EvidencePlan:
     """Plan of which parts of the evidence a table stores at every node, and in which columns.
 
-    All wanted parts are stored at the first gate, and at the `num_gates` first gates. The poolings of later gates are stored only if the nodes
-    of all gates together need no more than `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand
-    channels would be 800 kB an image.
+    The given parts are stored at the first `num_gates` gates. At later ones than the first, the
+    poolings are stored only if the nodes of all gates together need no more than
+    `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand channels would be 800 kB an image.
     """
 
     def __init__(

@@ -177,7 +177,10 @@ def _check_split(bundle: Bundle, data: TensorData, split: str) -> Check:
         raise VerificationError(
             f"{bundle.path}: {point}on {split} ({num_images} images) it reaches {_scores(found)}, but claims {_scores(claimed)}"
         )
-    return Check(split if bundle.precision == FLOAT32 else f"{split} in {bundle.precision}", f"{point}{_scores(found)} on {num_images} images, as claimed")
+    return Check(
+        split if bundle.precision == FLOAT32 else f"{split} in {bundle.precision}",
+        f"{point}{_scores(found)} on {num_images} images, as claimed",
+    )
 
 
 def _scores(values: Mapping[str, Any]) -> str:

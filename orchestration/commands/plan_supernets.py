@@ -19,13 +19,13 @@ from orchestration.commands.planning import (
 )
 from orchestration.config.loading import LoadedConfig
 from orchestration.config.sweep import SweepConfig
+from orchestration.pipeline.export import Formats
 from orchestration.pipeline.forecast import Forecast, forecast_supernets
 from orchestration.pipeline.launch import anchored
 from orchestration.pipeline.search import continued
 from orchestration.prepare.preparation import Images, load_images, prepare, stage_definitions
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StagePlan, plan_stages
-from orchestration.pipeline.export import Formats
 from orchestration.supernets.launch import check_supernets, export_gates, picked_supernets, tune_member, tune_rules
 from orchestration.supernets.members import Member, draw_members
 from orchestration.supernets.report import write_supernets_report

@@ -21,9 +21,9 @@ from orchestration.runs.folder import RunDir
 from orchestration.supernets.results import SupernetSweepResults, results_at
 
 if TYPE_CHECKING:
-    from orchestration.pipeline.export import Formats
     from orchestration.config.loading import LoadedConfig
     from orchestration.config.sweep import SweepConfig
+    from orchestration.pipeline.export import Formats
 
 
 class Sweep(Protocol):

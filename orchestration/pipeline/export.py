@@ -22,9 +22,10 @@ from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, BundleContents, save_bundle
 from dsnet.deploy.engines import can_write_graphs
 from dsnet.deploy.exporters import BUNDLE, CheckedExporter, DataExporter, exporters
+from dsnet.deploy.layout import INT8
 from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints
-from dsnet.deploy.precisions import precision_of_format
+from dsnet.deploy.precisions import graphs_folder
 from dsnet.dotted import nest
 from dsnet.errors import DsnetError, NotFoundError
 from dsnet.routers.base import Router
@@ -35,7 +36,7 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.config.export import MEMBERS, gate_picks, point_sets
 from orchestration.pipeline.claims import bundle_claims, gate_point_claims, member_claims
-from orchestration.pipeline.precision_accuracy import measure_precision
+from orchestration.pipeline.int8_accuracy import BundleSource, measure_int8
 from orchestration.prepare.preparation import Prepared
 from orchestration.results.run import RunResults, picked_slots
 from orchestration.runs.folder import KNEE
@@ -59,7 +60,7 @@ class Formats:
     further: Sequence[str] = ()
     """Names of exporters beside those."""
     say: Callable[[str], None] = _log.info
-    """Called with one sentence about each accuracy that is measured in another precision."""
+    """Called with one sentence about each accuracy that is measured in int8."""
 
 
 def export_picks(
@@ -133,7 +134,7 @@ def export_bundles(
         description = source.description(path.name, [router]) | source.facts(router, claims, slot)
         gate_yaml = _to_yaml("A gate configuration", description)
         save_bundle(path, source.contents(router), claims=claims, gate_yaml=gate_yaml)
-        write_chosen_formats(path, formats, BundleSource(prepared, results, {path.name: router}))
+        write_chosen_formats(path, formats, source.of_run({path.name: router}))
         paths.append(path)
     return paths
 
@@ -178,20 +179,9 @@ def export_point_sets(
         ]
         gate_yaml = _to_yaml("Operating points", description)
         save_bundle(path, contents, claims=claims, gate_yaml=gate_yaml)
-        routers = {point.name: point.router for point in points}
-        write_chosen_formats(path, formats, BundleSource(prepared, results, routers))
+        write_chosen_formats(path, formats, source.of_run({point.name: point.router for point in points}))
         paths.append(path)
     return paths
-
-
-@dataclass(frozen=True)
-class BundleSource:
-    """The run of which a bundle was made, for formats that need its images."""
-
-    prepared: Prepared
-    results: RunResults
-    routers: Mapping[str, Router]
-    """The routers of the operating points by name, over the routes of the run's tables."""
 
 
 class _Source:
@@ -208,6 +198,10 @@ class _Source:
         self.supernet, meta = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
         self.normalization = Normalization.from_json(meta["run"]["normalization"])
         self.val = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+
+    def of_run(self, routers: Mapping[str, Router]) -> BundleSource:
+        """The source of a bundle with these routers, by the names of its operating points."""
+        return BundleSource(self.prepared, self.results, self.supernet, routers)
 
     def contents(
         self, router: Router, name: str | None = None, further: Sequence[OperatingPoint] = ()
@@ -304,12 +298,13 @@ def write_chosen_formats(bundle: Path, formats: Formats, source: BundleSource) -
             write_formats(bundle, [ONNX], source, formats.say)
         except DsnetError as error:
             _log.warning("%s has no ONNX files, so that it runs in torch alone: %s", bundle.name, error)
-    write_formats(bundle, formats.further, source, formats.say)
+    further = [name for name in formats.further if name not in (formats.chosen or ())]
+    write_formats(bundle, further, source, formats.say)
 
 
 def write_formats(bundle: Path, names: Sequence[str], source: BundleSource, say: Callable[[str], None]) -> None:
     """Write further formats of a bundle, each into a folder of its name inside it; an existing one
-    is replaced. The accuracy in another precision is measured.
+    is replaced. The accuracy in int8 is measured.
 
     Args:
         bundle: folder of the bundle.
@@ -324,15 +319,15 @@ def write_formats(bundle: Path, names: Sequence[str], source: BundleSource, say:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         try:
-            exporter, precision = exporters()[name], precision_of_format(name)
+            exporter = exporters()[name]
             if isinstance(exporter, DataExporter):
                 exporter.write_with(bundle, new, source.prepared.data)
             else:
                 exporter.write(bundle, new)
             if isinstance(exporter, CheckedExporter):
                 exporter.check(bundle, new)
-            if precision is not None:
-                measure_precision(bundle, new, precision, source.prepared, source.results, source.routers, say)
+            if name == graphs_folder(INT8):
+                measure_int8(bundle, new, source, say)
             shutil.rmtree(final, ignore_errors=True)
             new.replace(final)
         finally:

@@ -13,6 +13,7 @@ from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import KEY_CHARACTERS, RunDir
 
+
 def origin_claim(results: RunResults, *, is_gate: bool) -> dict[str, str]:
     """The claim `made_from`: keys of the supernet stage and, for a gate, of the search stage."""
     stages = ("supernet", "search") if is_gate else ("supernet",)
