@@ -345,14 +345,20 @@ class Workload:
         return [self.pool[rows.to(self.pool.device)].contiguous() for rows in self.draw(batch_size, seed)]
 
 
-def synthetic(network: Network, device: str, seed: int, placed: Placed | None = None) -> Workload:
+def in_torch(supernet: Supernet, router: Router, image_size: int, equal: int | None) -> Contenders:
+    """The networks of a workload in torch, on the device of the supernet; `image_size` is not
+    needed."""
+    return Contenders(supernet, router, equal)
+
+
+def synthetic(network: Network, device: str, seed: int, placed: Placed = in_torch) -> Workload:
     """A workload of random weights and images."""
     pool = torch.randn((NUM_POOL, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(seed)).to(device)
     supernet = create(network.family, Task(10, 3, IMAGE_SIZE), dict(network.options), seed=seed).to(device)
     recalibrate(supernet, [pool[:64]])  # else activations shrink to denormals, which are slow
     supernet.eval()
     gate = spread_gate(supernet.trunk(pool, supernet.subnets[0]).hidden, network.routes)
-    contenders = Contenders(supernet, gate) if placed is None else placed(supernet, gate, IMAGE_SIZE, None)
+    contenders = placed(supernet, gate, IMAGE_SIZE, None)
     chosen = contenders.dynamic(pool).routes.cpu()
     of_route = [torch.nonzero(chosen == route)[:, 0] for route in network.routes]
 
@@ -366,7 +372,7 @@ def synthetic(network: Network, device: str, seed: int, placed: Placed | None = 
     return Workload(network.title, device, contenders, pool, draw)
 
 
-def of_run(folder: Path, trial: int | None, equal: str | None, device: str, placed: Placed) -> Workload:
+def of_run(folder: Path, trial: int | None, equal: str | None, device: str, placed: Placed = in_torch) -> Workload:
     """A workload of a run's router on real images, those of `val`, because `test` stays sealed.
 
     Raises:
@@ -445,7 +451,7 @@ def workloads(options: Options, run: Path | None, trial: int | None, equal: str 
 
     def placed(supernet: Supernet, router: Router, image_size: int, equal: int | None) -> Contenders:
         if own is None:
-            return Contenders(supernet, router, equal)
+            return in_torch(supernet, router, image_size, equal)
         return InEngine(supernet, router, own, options.threads, image_size, equal)
 
     kinds = [device.type for device in devices()] if own is None else ["cpu"]

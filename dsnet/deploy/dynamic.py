@@ -117,7 +117,7 @@ class DynamicNet(nn.Module):
             empty = torch.zeros(0, dtype=torch.int64, device=images.device)
             return DynamicOutput(images.new_zeros(0, self.num_classes), empty, empty)
         if self._entry is not None:
-            return _BatchRouting.after_entry(self, self._entry(images)).output()
+            return self._after_entry(self._entry(images))
         trunk = self.segments.upto_gate(0, 0, images)
         if self._only_route is not None:
             return self._run_only(trunk.features, self._only_route)
@@ -125,11 +125,28 @@ class DynamicNet(nn.Module):
         routing.decide(self._evidence(trunk, 0, STOP))
         return routing.output()
 
+    def _after_entry(self, entry: EntryOutput) -> DynamicOutput:
+        chosen, num_images = entry.routes[0], len(entry.routes)
+        if self.router.num_gates > 1 or entry.routes.count(chosen) != num_images:
+            return _BatchRouting.after_entry(self, entry).output()
+        # All images agree, as one image does: at batch 1 the general way takes a tenth of the time
+        # of a small network.
+        if entry.answered is None:
+            return self._run_only(entry.features, chosen)
+        first, logits = entry.answered
+        if chosen == STOP:
+            return self._of_one_route(logits, num_images, first)
+        logits = self.segments.rest(1, chosen, entry.features)
+        return self._of_one_route(logits, num_images, chosen, self._tail_madds[first])
+
     def _run_only(self, features: Tensor, route: int) -> DynamicOutput:
-        logits = self.segments.rest(1, route, features)
-        madds = self._trunk_madds + self._tail_madds[route] + self._decision_madds[route]
-        routes = torch.full((len(features),), route, dtype=torch.int64, device=features.device)
-        return DynamicOutput(logits, routes, torch.full_like(routes, madds))
+        return self._of_one_route(self.segments.rest(1, route, features), len(features), route)
+
+    def _of_one_route(self, logits: Tensor, num_images: int, route: int, before: int = 0) -> DynamicOutput:
+        """The output of a batch all of whose images took this route, after tails of `before`
+        MAdds."""
+        madds = self._trunk_madds + before + self._tail_madds[route] + self._decision_madds[route]
+        return DynamicOutput(logits, _index([route] * num_images, logits), _index([madds] * num_images, logits))
 
     def _evidence(self, output: SegmentOutput, gate: int, route: int) -> Evidence:
         parts = {part: output.evidence(part) for part in self.router.needs}

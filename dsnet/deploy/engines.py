@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,18 +151,28 @@ def _onnxruntime(file: Path, threads: int) -> Graph:
 register(Engine("onnxruntime", "onnxruntime", _onnxruntime, "ONNX Runtime", "deploy"))
 
 
-def _openvino(file: Path, threads: int) -> Graph:
+@cache
+def _openvino_core() -> Any:
+    """OpenVINO's runtime, one for the whole process.
+
+    Each would set a stack of its own for signal handlers, and give back that of another one at its
+    end, which may have ended before: the next signal would end the process.
+    """
     # OpenVINO then uses its own stand-in, which sends nothing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
+    return openvino.Core()
+
+
+def _openvino(file: Path, threads: int) -> Graph:
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 on some processors
         "ENABLE_CPU_PINNING": False,  # several networks would be bound to the same cores
     }
-    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+    compiled = _openvino_core().compile_model(str(file), "CPU", settings)
     outputs, own = compiled.outputs, threading.local()
 
     def run(inputs: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:

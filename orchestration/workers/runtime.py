@@ -114,7 +114,7 @@ def _keeping_signal_handlers() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
-        if callable(handler):
+        if handler is not None:  # one that was not set by Python cannot be set again
             signal.signal(number, handler)
 
 

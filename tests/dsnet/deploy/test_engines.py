@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -183,6 +185,29 @@ def test_eight_threads_get_the_answers_of_one(folder: Path, engine: str) -> None
         for answer, wanted in zip(pool.map(bundle, batches), expected, strict=True):
             assert torch.equal(answer.probabilities, wanted.probabilities)
             assert answer.routes.tolist() == wanted.routes.tolist()
+
+
+SIGNAL_AFTER_USE = """
+import os, signal, sys
+from pathlib import Path
+from dsnet.deploy.engines import chosen_engine
+engine = chosen_engine(sys.argv[1], has_graphs=True, on_cpu=True)
+graphs = [engine.open(Path(sys.argv[2]), 1) for _ in range(3)]
+while graphs:
+    del graphs[0]
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_signal_is_heard_when_graphs_were_closed(folder: Path, engine: str) -> None:
+    command = [sys.executable, "-c", SIGNAL_AFTER_USE, engine, str(folder / "onnx" / "segment-0-0.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 @pytest.mark.parametrize("engine", ENGINES)

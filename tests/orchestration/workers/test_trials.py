@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +138,12 @@ def by_slot(outcomes: Iterator[TrialOutcome]) -> dict[int, TrialOutcome]:
 
 def num_attempts(folder: Path, slot: int) -> int:
     return len(list(folder.glob(f"{slot}-*")))
+
+
+def test_a_cluster_leaves_the_signal_handlers_of_the_program(ray_cluster: None) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        assert not getattr(handler, "__module__", "").startswith("ray"), handler
 
 
 def test_results_equal_those_of_the_serial_runner_and_actors_stay_warm(runner: RayRunner, place: Path) -> None:
