@@ -79,7 +79,7 @@ def measure_int8(path: Path, folder: Path, source: BundleSource, say: Callable[[
         tables["test"], data = results.run.sealed_table(key), source.prepared.open_test()
     float32 = {split: RoutingTable.load(table) for split, table in tables.items()}
     own = {split: _table(stored.supernet, bundle, data, split) for split in tables}
-    further = _further_static(source, bundle, data, float32["val"], list(tables))
+    further = further_static(source, bundle, data, float32["val"], list(tables))
     static = {split: StaticTables((own[split], *further.get(split, ()))) for split in tables}
     points: dict[str, dict[str, Any]] = {}
     for point in bundle.operating_points:
@@ -110,11 +110,22 @@ def _table(supernet: Supernet, bundle: Bundle, data: TensorData, split: str) -> 
     )
 
 
-def _further_static(
+def further_static(
     source: BundleSource, bundle: Bundle, data: TensorData, val: RoutingTable, splits: Sequence[str]
 ) -> dict[str, tuple[RoutingTable, ...]]:
-    """The int8 tables of the sub-networks on the static line of the run that the bundle does not
-    have, by split; quantised as the bundle's are, but not kept."""
+    """The int8 tables of the sub-networks on the static line of the run that a bundle does not
+    have, which are quantised as the bundle's are, but not kept.
+
+    Args:
+        source: the run.
+        bundle: the bundle, in int8.
+        data: the images of the splits and of `gate`.
+        val: the run's table of `val`.
+        splits: the splits.
+
+    Returns:
+        one table for each split; nothing if the bundle has all of them.
+    """
     routes = line_routes(val, bundle.route_names)
     if not routes:
         return {}

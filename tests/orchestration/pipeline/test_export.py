@@ -36,8 +36,10 @@ from dsnet.training.supernet import FINAL
 from orchestration.commands.planning import prepare_again
 from orchestration.pipeline.claims import bundle_claims
 from orchestration.pipeline.export import CLEAR_LEAD, example_rows, link_knee, router_facts
+from orchestration.pipeline.int8_accuracy import BundleSource, further_static
 from orchestration.results.run import RunResults, picked_slots
 from orchestration.runs.folder import RunDir
+from search.front.controls import StaticLine
 from search.front.points import trial_name
 from tests.dsnet.samples import ROUTER_KINDS, random_router, random_table
 from tests.orchestration.samples import WITHOUT_MLFLOW, Finished, call, problems_of_message
@@ -315,6 +317,26 @@ def test_the_accuracy_in_int8_is_that_of_the_int8_network_beside_its_own_control
         assert bundle.claims[split] == own
     assert "latency" not in bundle.claims
     assert slot == results.knee
+
+
+@pytest.mark.slow
+def test_static_sub_networks_that_a_bundle_does_not_have_are_quantised_as_its_own(in_int8: Path) -> None:
+    """They are on the static line of the run, which a line over the bundle's routes could
+    miss."""
+    results = RunResults(RunDir(in_int8 / "runs", "tiny"))
+    prepared = prepare_again(results)
+    val = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+    on_line = [val.routes[route] for route in StaticLine.fit(val.madds, val.correct1).vertices]
+    bundle = dsnet.load_bundle(in_int8 / "runs" / "tiny" / "export" / "knee", precision="int8")
+    without = replace(bundle, route_names=tuple(name for name in val.routes if name != on_line[-1]))
+    supernet, _ = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
+    source = BundleSource(prepared, results, supernet, {})
+    ((table,),) = further_static(source, without, prepared.data, val, ["val"]).values()
+    assert table.routes == (on_line[-1],)
+    accuracy = json.loads((bundle.graphs / "accuracy.json").read_text())
+    (told,) = (row["top1"] for row in accuracy["static"]["val"] if row["name"] == on_line[-1])
+    assert table.top1() == pytest.approx([told])
+    assert further_static(source, bundle, prepared.data, val, ["val"]) == {}
 
 
 def _best_mixture(points: Iterable[tuple[float, float]], budget: float) -> float:
