@@ -32,11 +32,14 @@ from benchmarks.dynamic_inference import WIDE_LIST, Network, spread_gate
 from benchmarks.harness import Headline, Options, Report, Samples, Section, run_benchmark
 from dsnet.data.normalization import Normalization
 from dsnet.deploy.bundle import BundleContents, save_bundle
+from dsnet.deploy.engines import TORCH
+from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.deploy.operating_points import OperatingPoint
 from dsnet.families import Task, create
 from dsnet.network.batchnorm import recalibrate
 from dsnet.routers.base import Evidence
 from dsnet.routers.fixed import FixedRouter
+from orchestration.pipeline.export import write_formats
 from orchestration.serving.command import serving
 from orchestration.serving.settings import ServeSettings
 
@@ -50,6 +53,13 @@ NUM_REPLICAS = 2
 KILLED_AFTER = 1 / 3
 """Share of the time of the last load after which a replica is killed."""
 PARAMS = (
+    click.Option(
+        ["--engine"],
+        type=click.Choice([TORCH, "onnxruntime"]),
+        default="onnxruntime",
+        show_default=True,
+        help="What runs the network of both contenders.",
+    ),
     click.Option(["--clients"], type=click.IntRange(1), default=16, show_default=True, help="Requests at a time."),
     click.Option(["--seconds"], type=click.FloatRange(1), default=10.0, show_default=True, help="Length of one load."),
 )
@@ -96,9 +106,9 @@ def joined(loads: Sequence[Load]) -> Load:
     )
 
 
-def save_network(folder: Path, network: Network, seed: int) -> list[bytes]:
-    """Write a bundle with the operating points `gate` and `widest`; returns bodies of requests, one
-    image each."""
+def save_network(folder: Path, network: Network, seed: int, engine: str = TORCH) -> list[bytes]:
+    """Write a bundle with the operating points `gate` and `widest` for an engine; returns bodies of
+    requests, one image each."""
     supernet = create(network.family, Task(10, 3, IMAGE_SIZE), dict(network.options), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (NUM_IMAGES, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
@@ -120,6 +130,8 @@ def save_network(folder: Path, network: Network, seed: int) -> list[bytes]:
         further_points=[OperatingPoint(WIDEST, FixedRouter(network.routes[-1]), {})],
     )
     save_bundle(folder, contents, claims={}, gate_yaml="a gate with random weights\n")
+    if engine != TORCH:
+        write_formats(folder, [ONNX])
     raw = (base64.b64encode(image.numpy().tobytes()).decode() for image in pixels)
     return [json.dumps({"pixels": text}).encode() for text in raw]
 
@@ -192,12 +204,12 @@ def load_with_a_kill(url: str, bodies: Sequence[bytes], clients: int, seconds: f
         return running.result(), killed_s
 
 
-def measure(options: Options, clients: int, seconds: float) -> Report:
+def measure(options: Options, clients: int, seconds: float, engine: str) -> Report:
     """Run the benchmark."""
     rounds, seconds = (2, min(seconds, 3.0)) if options.quick else (5, seconds)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle"
-        bodies = save_network(path, WIDE_LIST, options.seed)
+        bodies = save_network(path, WIDE_LIST, options.seed, engine)
         settings = ServeSettings(port=0, replicas=NUM_REPLICAS, threads=max(1, options.threads // NUM_REPLICAS))
         with serving(path, settings) as url:
             for point in (GATE, WIDEST):

@@ -18,6 +18,7 @@ from dashboards.hypervolume import HypervolumeInfo, hypervolume_figure
 from dashboards.page import chart, definition_list, page
 from dashboards.routers import RoutersInfo, routers_figure, routers_table
 from dashboards.routes import RoutesInfo, class_routes_figure, routes_figure
+from dashboards.speedups import SpeedupsInfo, speedups_figure
 from dashboards.structure import StructureInfo, channels_figure, search_figure
 from dashboards.theme import significant
 from dashboards.training import TrainingInfo, training_figure
@@ -55,6 +56,7 @@ class ReportData:
     front: FrontInfo | None = None
     hypervolume: HypervolumeInfo | None = None
     routers: RoutersInfo | None = None
+    speedups: SpeedupsInfo | None = None
     routes: RoutesInfo | None = None
     widths: WidthsInfo | None = None
     structure: StructureInfo | None = None
@@ -84,6 +86,7 @@ def build_report(data: ReportData) -> str:
         headline_section(data.headline),
         _front_section(data),
         _routers_section(data),
+        _speedups_section(data),
         _hypervolume_section(data),
         _routes_section(data),
         _widths_section(data),
@@ -191,6 +194,20 @@ def _routers_section(data: ReportData) -> str:
     if any(result.is_collapsed for result in info.results):
         caption += " Collapsed: one route answers more than 99 % of the images."
     return _section(title, caption, chart("routers", routers_figure(info)) + routers_table(info))
+
+
+def _speedups_section(data: ReportData) -> str:
+    info = data.speedups
+    title = "Accuracy over speed"
+    if info is None or not info.panels:
+        return _section(title, "", _empty("Available after the first trial."))
+    caption = (
+        "Speed-up: the time of the widest static sub-network over that of a router or of another static sub-network, on the same "
+        "device and in the same engine. Of each kind of router, those trials are shown that are more accurate than all faster ones "
+        f"on {info.split}. The static line is a random mix of two static sub-networks. A router's time is computed from the measured "
+        "times of its parts and the routes that it takes; the table at the top has measured times of the front."
+    )
+    return _section(title, caption, chart("speedups", speedups_figure(info), is_wide=len(info.panels) > 1))
 
 
 def _hypervolume_section(data: ReportData) -> str:

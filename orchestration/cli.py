@@ -462,29 +462,43 @@ def trials(
     type=click.Path(path_type=Path),
     help="Also draw the accuracy of each kind of router at three MAdds budgets to this file.",
 )
+@click.option(
+    "--speed-figure",
+    type=click.Path(path_type=Path),
+    help="Also draw the accuracy of each kind of router over its speed-up to this file.",
+)
 @AS_JSON
 def pareto(
-    run: str, runs: str, picks: tuple[str, ...], figure: Path | None, routers_figure: Path | None, as_json: bool
+    run: str,
+    runs: str,
+    picks: tuple[str, ...],
+    figure: Path | None,
+    routers_figure: Path | None,
+    speed_figure: Path | None,
+    as_json: bool,
 ) -> None:
     """Show the Pareto front of a run on val and test, with baselines and controls."""
     from orchestration.commands.sweep import open_sweep
 
-    if figure is not None or routers_figure is not None:
+    figures = {"--routers-figure": routers_figure, "--speed-figure": speed_figure}
+    of_one = {option: path for option, path in figures.items() if path is not None}
+    if figure is not None or of_one:
         from dashboards.images import check_suffix
 
-        for path in (figure, routers_figure):
+        for path in (figure, *of_one.values()):
             if path is not None:
                 check_suffix(path)
 
     sweep = open_sweep(run, runs)
-    drawn = None if routers_figure is None else sweep.only_supernet("--routers-figure draws one")
+    drawn = [(option, path, sweep.only_supernet(f"{option} draws one")) for option, path in of_one.items()]
     sweep.show_front(picks, as_json=as_json)
     if figure is not None:
         click.echo(sweep.draw_front(figure), err=True)
-    if routers_figure is not None and drawn is not None:
-        from orchestration.results.report import draw_routers
+    for option, path, results in drawn:
+        from orchestration.results.report import draw_routers, draw_speedups
 
-        click.echo(draw_routers(drawn, routers_figure), err=True)
+        draw = draw_routers if option == "--routers-figure" else draw_speedups
+        click.echo(draw(results, path), err=True)
 
 
 @cli.command()

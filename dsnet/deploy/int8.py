@@ -87,12 +87,11 @@ def write_int8_graphs(
     Raises:
         DsnetError: as `write_int8`.
     """
-    needed = needed_parts(routers)
     # With `hidden`, the layers of an attention are found also where no router reads their result.
-    parts = sorted({*needed, "hidden"})
+    parts = sorted({*needed_parts(routers), "hidden"})
     graphs = SegmentGraphs.of(supernet, parts, data.image_shape[1], deciding_routers(routers))
     images = normalization.apply(calibration_images(data.images("gate")))
-    store_graphs(quantized(graphs, images).giving(needed), routers, folder)
+    store_graphs(quantized(graphs, images), routers, folder)
 
 
 def calibration_images(

@@ -85,25 +85,25 @@ def store_graphs(graphs: SegmentGraphs, routers: Sequence[Router], folder: Path)
     """Divide exported graphs into the files that `GraphSegments` opens.
 
     Args:
-        graphs: exported for the `deciding_routers`.
+        graphs: exported for the `deciding_routers`, with the parts of the evidence that `routers`
+            read.
         routers: the routers that run with the graphs.
         folder: receives the files.
     """
     from dsnet.deploy.onnx_graphs import first_route
 
-    tree = graphs.names.tree
+    parts, tree = needed_parts(routers), graphs.names.tree
     has_tails = tree.num_routes <= MANY_ROUTES and all(router.num_gates == 1 for router in routers)
     written = {}
-    for name, model in _graphs(graphs, has_tails):
+    for name, model in _graphs(graphs, has_tails, parts):
         file = folder / f"{name}.onnx"
         file.write_bytes(model.SerializeToString())
         written[name] = {"input": model.graph.input[0].name, "sha256": file_sha256(file)}
     for number, router in enumerate(deciding_routers(routers)):
         if entry_name(number) in written:
             written[entry_name(number)]["after"] = first_route(router)
-    evidence = list(graphs.names.parts)
     atomic_write_json(
-        folder / LISTING, {"version": VERSION, "evidence": evidence, "has_tails": has_tails, "graphs": written}
+        folder / LISTING, {"version": VERSION, "evidence": parts, "has_tails": has_tails, "graphs": written}
     )
 
 
@@ -125,12 +125,12 @@ def _on_tensors(graph: Graph, input_name: str) -> TensorCall:
     return lambda x: [torch.from_numpy(value) for value in graph({input_name: x.contiguous().numpy()})]
 
 
-def _graphs(graphs: SegmentGraphs, has_tails: bool) -> Iterator[tuple[str, ModelProto]]:
+def _graphs(graphs: SegmentGraphs, has_tails: bool, parts: Sequence[str]) -> Iterator[tuple[str, ModelProto]]:
     """Every graph with its name."""
     tree = graphs.names.tree
     for gate, branches in enumerate(tree.gates[:1] if has_tails else tree.gates):
         for node in range(branches.num_nodes):
-            yield segment_name(gate, node), graphs.segment(gate, node)
+            yield segment_name(gate, node), graphs.segment(gate, node, parts)
     for route in range(tree.num_routes):
         yield (tail_name(route), graphs.tail(route)) if has_tails else (head_name(route), graphs.head(route))
     for number in sorted({decision.router for decision in graphs.names.decisions}):

@@ -249,15 +249,16 @@ class SegmentGraphs:
             _log.warning("%s; engines will ask the routers in Python, which is slower", error)
             return without
 
-    def giving(self, parts: Sequence[str]) -> SegmentGraphs:
-        """The same graphs, whose segments give only these parts of the evidence, which are among
-        those that were exported."""
-        return replace(self, names=replace(self.names, parts=tuple(parts)))
-
-    def segment(self, gate: int, node: int) -> ModelProto:
+    def segment(self, gate: int, node: int, parts: Sequence[str] | None = None) -> ModelProto:
         """The segment that ends at a node of a gate: images, or features of the gate before -> its
-        features and evidence."""
-        evidence = [self.names.evidence(gate, node, part) for part in self.names.parts]
+        features and evidence.
+
+        Args:
+            gate: the gate.
+            node: its node.
+            parts: the parts of the evidence; None: all that were exported.
+        """
+        evidence = [self.names.evidence(gate, node, part) for part in (self.names.parts if parts is None else parts)]
         return self._part(self.names.before(gate, node), [self.names.features(gate, node), *evidence])
 
     def entry(self, router: int) -> ModelProto | None:

@@ -1,5 +1,8 @@
-"""Timing of a router's decisions apart from the network: reading the evidence, deciding, and
-transferring the routes to the host, which groups the images."""
+"""Timing of a router's decisions in torch, apart from the network: reading the evidence, deciding,
+and transferring the routes to the host, which groups the images.
+
+In an engine, the decision is in the graph of everything up to it (`dsnet.measure.engine_parts`).
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,16 @@ from dsnet.routers.kinds import router_kinds
 from dsnet.space.spec import SupernetSpec
 
 
-def decision_calls(
-    spec: SupernetSpec, segments: CutSegments, trunk: TrunkOutput, logits: Float[Tensor, "batch classes"]
-) -> Mapping[str, Callable[[], object]]:
-    """For each kind of router a call that makes all decisions on the way to an answer, to be timed.
+def timed_routers(spec: SupernetSpec, segments: CutSegments, trunk: TrunkOutput) -> dict[str, Router]:
+    """A router of each kind, by kind, whose decisions are timed.
 
-    The routers choose among all routes and have weights of zero, because the time of a decision
-    does not depend on its result. A router with one gate per stage decides at every gate on the
-    path of the last route, for all images together.
+    They choose among all routes and have weights of zero, because the time of a decision does not
+    depend on its result.
 
     Args:
         spec: specification of the supernet.
         segments: segments of the supernet.
-        trunk: output of the trunk for a batch of B images.
-        logits: [B, num_classes] answer of a route, for the cascades.
+        trunk: output of the trunk for any images.
     """
     outputs = _along_last_route(segments, trunk)
     shape = NetworkShape(
@@ -39,7 +38,28 @@ def decision_calls(
         hidden=tuple(output.hidden.shape[1] for output in outputs),
         rich=tuple(sum(output.evidence(part).shape[1] for part in RICH_EVIDENCE) for output in outputs),
     )
-    routers = {name: kind.router_class.untrained(kind, shape) for name, kind in router_kinds().items()}
+    return {name: kind.router_class.untrained(kind, shape) for name, kind in router_kinds().items()}
+
+
+def decision_calls(
+    routers: Mapping[str, Router],
+    segments: CutSegments,
+    trunk: TrunkOutput,
+    logits: Float[Tensor, "batch classes"],
+) -> Mapping[str, Callable[[], object]]:
+    """For each router a call in torch that makes all decisions on the way to an answer, to be
+    timed.
+
+    A router with one gate per stage decides at every gate on the path of the last route, for all
+    images together.
+
+    Args:
+        routers: see `timed_routers`.
+        segments: segments of the supernet.
+        trunk: output of the trunk for a batch of B images.
+        logits: [B, num_classes] answer of a route, for the cascades.
+    """
+    outputs = _along_last_route(segments, trunk)
     return {kind: _decisions(router, outputs, logits) for kind, router in routers.items()}
 
 

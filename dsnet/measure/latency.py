@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +24,8 @@ from torch import nn
 from dsnet.deploy.engines import Engine, timing_engine
 from dsnet.deploy.materialize import PlainSubnet
 from dsnet.deploy.segments import CutSegments
-from dsnet.measure.decision_timing import decision_calls
-from dsnet.measure.engine_parts import EngineParts
+from dsnet.measure.decision_timing import decision_calls, timed_routers
+from dsnet.measure.engine_parts import EngineParts, TimedEntry
 from dsnet.measure.settings import MAIN_DEVICE, LatencySettings
 from dsnet.metrics import DEVICE_NAME_PATTERN
 from dsnet.network.supernet import Supernet
@@ -34,7 +35,7 @@ MIN_REPEATS = 3
 """Fewest repeats from which the spread of a time can be estimated."""
 BUDGET_S = 120.0
 """Default time for all measurements on one device, in seconds."""
-TRUNK, DECIDE = "/trunk", "/decide/"
+TRUNK, DECIDE, ENTRY = "/trunk", "/decide/", "/entry/"
 """Names of the timed calls of the trunk and of decisions; the kind of router follows the second.
 Tails are named like sub-networks, whose names hold no slash."""
 PUBLISHED = "gate"
@@ -250,23 +251,27 @@ class LatencySamples:
     whole: Rounds
     """batch size -> whole sub-network -> its times."""
     parts: Rounds
-    """n images -> trunk (`TRUNK`), decisions (`DECIDE` and the kind of router) and the tail of each
-    route -> their times."""
+    """n images -> trunk (`TRUNK`), decisions and the tail of each route -> their times.
+
+    A decision is `DECIDE` with the kind of router; where it is in a graph of an engine, it is
+    `ENTRY` with the kind, a slash, and the route that runs before it, if any: the time of
+    everything up to it."""
     load: MachineLoad | None = None
 
     @property
     def has_decisions(self) -> bool:
         """Whether decisions were timed; else they count as 0 ms."""
-        return any(name.startswith(DECIDE) for row in self.parts.values() for name in row)
+        return any(name.startswith((DECIDE, ENTRY)) for row in self.parts.values() for name in row)
 
     def table(self) -> LatencyTable:
         """The table of the medians."""
-        return self._table(_timings(self.whole), _timings(self.parts))
+        return self._table(_timings(self.whole), _timings(_with_decisions(self.parts)))
 
     def resampled(self, rng: np.random.Generator) -> LatencyTable:
         """The table of rounds that are drawn with replacement, for each size on its own; the calls
         of a size keep their common rounds."""
-        return self._table(_timings(_drawn(self.whole, rng)), _timings(_drawn(self.parts, rng)))
+        parts = _with_decisions(_drawn(self.parts, rng))
+        return self._table(_timings(_drawn(self.whole, rng)), _timings(parts))
 
     def _table(
         self, subnets: Mapping[int, Mapping[str, Timing]], parts: Mapping[int, Mapping[str, Timing]]
@@ -300,6 +305,21 @@ class LatencySamples:
 
         load = MachineLoad.from_json(data["load"])
         return cls(data["device"], data["threads"], rounds("whole"), rounds("parts"), load)
+
+
+def _with_decisions(parts: Rounds) -> Rounds:
+    """The times of parts with those of decisions in place of those of graphs up to decisions: what
+    such a graph takes longer than its trunk and the tail that it runs. It may be negative, because
+    one call is faster than two."""
+    found = {}
+    for size, row in parts.items():
+        found[size] = {name: times for name, times in row.items() if not name.startswith(ENTRY)}
+        for name, times in row.items():
+            if name.startswith(ENTRY):
+                kind, _, first = name.removeprefix(ENTRY).partition("/")
+                without = np.add(row[TRUNK], row[first]) if first else np.asarray(row[TRUNK])
+                found[size][DECIDE + kind] = tuple((np.asarray(times) - without).tolist())
+    return found
 
 
 def _timings(rounds: Rounds) -> dict[int, dict[str, Timing]]:
@@ -493,8 +513,7 @@ def measure_samples(
     """
     device, engine = torch.device(settings.device), timing_engine(settings.engine)
     supernet = supernet.to(device).eval()
-    graphs = None if engine is None else EngineParts.open(supernet, image_size, engine, settings.threads)
-    parts = _Parts(supernet, image_size, device, graphs)
+    parts = _Parts(supernet, image_size, device, engine, settings.threads)
     total = settings.num_rounds
     done = 0
 
@@ -523,20 +542,27 @@ def measure_samples(
 
 
 class _Parts:
-    """The calls that are timed: trunk, tails and whole sub-networks, as modules composed of shared
-    segments or as the graphs of an engine, and decisions, which run in torch with every engine; all
-    calls of a batch size get the same random images."""
+    """The calls that are timed: trunk, tails, decisions and whole sub-networks, as modules composed
+    of shared segments or as the graphs of an engine; all calls of a batch size get the same random
+    images. Decisions that cannot be in a graph run in torch with every engine."""
 
     def __init__(
-        self, supernet: Supernet, image_size: int, device: torch.device, graphs: EngineParts | None = None
+        self, supernet: Supernet, image_size: int, device: torch.device, engine: Engine | None, threads: int
     ) -> None:
-        self.spec = supernet.spec
         self.segments = CutSegments(supernet, RouteTree.of(supernet.subnets))
-        parts = graphs or _torch_parts(supernet, self.segments)
-        self.trunk, self.tails, self.whole = parts.trunk, parts.tails, parts.whole
         self.generator = torch.Generator().manual_seed(0)
         self.shape = (supernet.spec.in_channels, image_size, image_size)
         self.device = device
+        routers = timed_routers(
+            supernet.spec, self.segments, self.segments.trunk(torch.zeros((1, *self.shape), device=device))
+        )
+        parts = (
+            _torch_parts(supernet, self.segments)
+            if engine is None
+            else EngineParts.open(supernet, image_size, engine, threads, routers)
+        )
+        self.trunk, self.tails, self.whole, self.entries = parts.trunk, parts.tails, parts.whole, parts.entries
+        self.in_torch = {kind: router for kind, router in routers.items() if kind not in self.entries}
 
     def _images(self, size: int) -> torch.Tensor:
         return torch.randn((size, *self.shape), generator=self.generator).to(self.device)
@@ -553,11 +579,12 @@ class _Parts:
         features = self.trunk(images).features
         calls: dict[str, Callable[[], object]] = {name: _bind(tail, features) for name, tail in self.tails.items()}
         logits = next(iter(self.tails.values()))(features)
-        decisions = decision_calls(self.spec, self.segments, self.segments.trunk(images), logits)
+        decisions = decision_calls(self.in_torch, self.segments, self.segments.trunk(images), logits)
         return {
             **calls,
             TRUNK: _bind(self.trunk, images),
             **{DECIDE + kind: decide for kind, decide in decisions.items()},
+            **{f"{ENTRY}{kind}/{entry.first or ''}": _bind(entry.call, images) for kind, entry in self.entries.items()},
         }
 
 
@@ -567,6 +594,7 @@ class _TorchParts(NamedTuple):
     trunk: nn.Module
     tails: Mapping[str, nn.Module]
     whole: Mapping[str, nn.Module]
+    entries: Mapping[str, TimedEntry] = MappingProxyType({})
 
 
 def _torch_parts(supernet: Supernet, segments: CutSegments) -> _TorchParts:

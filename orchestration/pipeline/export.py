@@ -302,15 +302,23 @@ def write_chosen_formats(bundle: Path, formats: Formats, source: BundleSource) -
     write_formats(bundle, further, source, formats.say)
 
 
-def write_formats(bundle: Path, names: Sequence[str], source: BundleSource, say: Callable[[str], None]) -> None:
+def write_formats(
+    bundle: Path,
+    names: Sequence[str],
+    source: BundleSource | None = None,
+    say: Callable[[str], None] = _log.info,
+) -> None:
     """Write further formats of a bundle, each into a folder of its name inside it; an existing one
     is replaced. The accuracy in int8 is measured.
 
     Args:
         bundle: folder of the bundle.
         names: names of exporters; the bundle itself is left out.
-        source: the run.
+        source: the run; None for formats that need no images of it.
         say: called with a sentence about each accuracy that is measured.
+
+    Raises:
+        ConfigError: a format needs images of the run.
     """
     for name in names:
         if name == BUNDLE:
@@ -320,13 +328,13 @@ def write_formats(bundle: Path, names: Sequence[str], source: BundleSource, say:
         new.mkdir()
         try:
             exporter = exporters()[name]
-            if isinstance(exporter, DataExporter):
+            if source is not None and isinstance(exporter, DataExporter):
                 exporter.write_with(bundle, new, source.prepared.data)
             else:
                 exporter.write(bundle, new)
             if isinstance(exporter, CheckedExporter):
                 exporter.check(bundle, new)
-            if name == graphs_folder(INT8):
+            if source is not None and name == graphs_folder(INT8):
                 measure_int8(bundle, new, source, say)
             shutil.rmtree(final, ignore_errors=True)
             new.replace(final)

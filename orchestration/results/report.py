@@ -29,11 +29,13 @@ from dashboards.images import write_figure
 from dashboards.report import ReportData, build_report
 from dashboards.routers import RouterResult, RoutersInfo, routers_figure
 from dashboards.routes import RoutesInfo
+from dashboards.speedups import SpeedupsInfo, speed_panel, speedups_figure
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
 from dsnet.data.settings import PHOTOS
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json
+from dsnet.measure.latency import LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code, has_own_network, launch_command
@@ -85,6 +87,7 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         hypervolume=hypervolume_of(results),
         routes=routes_of(results, class_names),
         routers=routers_of(results),
+        speedups=speedups_of(results),
         widths=widths_of(results),
         structure=structure_of(results),
         training=training_of(results),
@@ -538,6 +541,40 @@ def _router_result(share: RouterShare) -> RouterResult:
     )
 
 
+def speedups_of(results: RunResults) -> SpeedupsInfo | None:
+    """Accuracy and speed of all trials on `val`, for the smallest and the largest batch that was
+    timed; None before the first trial."""
+    latency = results.latency
+    if latency is None or not results.completed:
+        return None
+    rows, router = results.points(), results.config.gate.router
+    panels = (
+        speed_panel(rows, "val", size, latency_metric(size), router)
+        for size in sorted({min(latency.batch_sizes), max(latency.batch_sizes)})
+    )
+    return SpeedupsInfo("val", results.num_val, _place_of(latency), tuple(filter(None, panels)))
+
+
+def draw_speedups(results: RunResults, path: Path) -> Path:
+    """Draw accuracy over speed into a file; its suffix decides the format.
+
+    Raises:
+        NotFoundError: no trial has finished yet.
+        PreflightError: an image format whose tools are not installed.
+    """
+    info = speedups_of(results)
+    if info is None:
+        raise NotFoundError(
+            f"run {results.run.name!r} has no finished trial yet; continue it with: "
+            f"{launch_command(results.config, results.run.sweep_yaml)}"
+        )
+    return write_figure(speedups_figure(info), path)
+
+
+def _place_of(latency: LatencyTable) -> str:
+    return f"{latency.device}, {plural(latency.threads, 'thread')}"
+
+
 def widths_of(results: RunResults) -> WidthsInfo | None:
     """The static sub-networks by ascending MAdds."""
     members = results.members
@@ -558,9 +595,7 @@ def widths_of(results: RunResults) -> WidthsInfo | None:
     return WidthsInfo(
         split="val",
         num_images=results.num_val,
-        device=""
-        if latency is None
-        else f"{latency.device}, {latency.threads} thread{'s' if latency.threads > 1 else ''}",
+        device="" if latency is None else _place_of(latency),
         subnets=tuple(subnet.name for subnet in members),
         madds_m=tuple(subnet.madds / 1e6 for subnet in members),
         params_m=tuple(subnet.params / 1e6 for subnet in members),

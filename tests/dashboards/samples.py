@@ -14,6 +14,7 @@ from dashboards.hypervolume import HypervolumeInfo
 from dashboards.report import ReportData
 from dashboards.routers import RouterResult, RoutersInfo
 from dashboards.routes import RoutesInfo, routes_info
+from dashboards.speedups import SpeedPanel, SpeedPoint, SpeedupsInfo
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
 
@@ -187,6 +188,18 @@ def make_hypervolume() -> HypervolumeInfo:
     )
 
 
+def make_speedups() -> SpeedupsInfo:
+    split = make_split("val", 1)
+    static = tuple(
+        SpeedPoint(name, 0.5 + 2.0 * madds_m, float(top1))
+        for name, madds_m, top1 in zip(ROUTES, MADDS_M, split.correct.mean(axis=0), strict=True)
+    )
+    found = [(trial, *scores(split, trial)) for trial in front_trials(split)]
+    routers = tuple(SpeedPoint(f"trial-{trial:04d}", 0.6 + 2.0 * madds_m, top1) for trial, top1, madds_m in found)
+    panels = tuple(SpeedPanel(size, static, {KINDS[0]: routers}) for size in (1, 64))
+    return SpeedupsInfo("val", NUM_IMAGES, "Example CPU, 1 thread", panels)
+
+
 def make_routers() -> RoutersInfo:
     test = make_split("test", 2)
     results = []
@@ -323,6 +336,7 @@ def make_report(is_verified: bool = True) -> ReportData:
         front=make_front(is_verified),
         hypervolume=make_hypervolume(),
         routers=make_routers() if is_verified else None,
+        speedups=make_speedups(),
         routes=make_routes(),
         widths=make_widths(),
         training=make_training(),

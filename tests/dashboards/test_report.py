@@ -92,7 +92,16 @@ def test_the_report_stays_below_six_megabytes() -> None:
 
 def test_every_figure_of_the_issue_is_in_the_report_with_its_data() -> None:
     charts = chart_data(build_report(make_report()))
-    assert set(charts) == {"front", "routers", "hypervolume", "routes", "routes-by-class", "widths", "training"}
+    assert set(charts) == {
+        "front",
+        "routers",
+        "speedups",
+        "hypervolume",
+        "routes",
+        "routes-by-class",
+        "widths",
+        "training",
+    }
     assert all(chart["data"] for chart in charts.values())
 
 

@@ -36,7 +36,7 @@ BROUGHT = ("model_best.pth.tar",)
 BASE = "version: 1\nname: base\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n"
 """The file to which a YAML block that is not a whole file is added, without the sections that the
 block has itself."""
-MAKES = ("--resolved", "--out", "--figure", "--routers-figure", "--export-kit")
+MAKES = ("--resolved", "--out", "--figure", "--routers-figure", "--speed-figure", "--export-kit")
 """Options whose value is a file or folder that the command writes."""
 WRITTEN_SCRIPTS = {"kit/time_kit.py": "dsnet/measure/time_kit.py"}
 """Scripts that a command writes -> the files that it copies."""
@@ -176,7 +176,7 @@ def test_figures_in_the_text_overwrite_nothing_and_need_nothing_more() -> None:
             *(words for block in blocks("bash") for words in block.commands()),
         ]
         for option, value in pairwise(words)
-        if option in ("--figure", "--routers-figure")
+        if option in ("--figure", "--routers-figure", "--speed-figure")
     ]
     assert drawn
     assert [value for value in drawn if value != "FILE" and not re.fullmatch(r"\w+\.(html|json)", value)] == []

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from dsnet.deploy.segments import CutSegments
-from dsnet.measure.decision_timing import decision_calls
+from dsnet.measure.decision_timing import decision_calls, timed_routers
 from dsnet.network.supernet import Supernet, TrunkOutput
 from dsnet.routers.head import Head
 from dsnet.routers.tree import GatesRouter
@@ -36,6 +36,11 @@ def watched(supernet: Supernet, num_images: int) -> tuple[CutSegments, Watched]:
     return segments, Watched(output.features, output.gate_input, output.hidden)
 
 
+def timed_calls(supernet: Supernet, segments: CutSegments, output: Watched) -> Mapping[str, Callable[[], object]]:
+    routers = timed_routers(supernet.spec, segments, output)
+    return decision_calls(routers, segments, output, torch.zeros(len(output.features), 10))
+
+
 @pytest.mark.parametrize("make", [small_supernet, three_gate_supernet])
 @pytest.mark.parametrize("num_images", [1, 5])
 def test_every_kind_of_router_is_timed_and_reads_what_it_reads_in_inference(
@@ -43,7 +48,7 @@ def test_every_kind_of_router_is_timed_and_reads_what_it_reads_in_inference(
 ) -> None:
     supernet = make()
     segments, output = watched(supernet, num_images)
-    calls = decision_calls(supernet.spec, segments, output, torch.zeros(num_images, 10))
+    calls = timed_calls(supernet, segments, output)
     assert set(calls) == set(ROUTER_KINDS)
     for kind, decide in calls.items():
         output.asked.clear()
@@ -55,7 +60,7 @@ def test_every_kind_of_router_is_timed_and_reads_what_it_reads_in_inference(
 def test_a_gate_per_stage_decides_at_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     supernet = three_gate_supernet()
     segments, output = watched(supernet, 4)
-    calls = decision_calls(supernet.spec, segments, output, torch.zeros(4, 10))
+    calls = timed_calls(supernet, segments, output)
     met: list[int] = []
     step = GatesRouter.step
     monkeypatch.setattr(
@@ -71,7 +76,7 @@ def test_a_gate_per_stage_decides_at_every_stage(monkeypatch: pytest.MonkeyPatch
 def test_a_cascade_decides_from_an_answer_that_was_not_summarised_before(monkeypatch: pytest.MonkeyPatch) -> None:
     supernet = small_supernet()
     segments, output = watched(supernet, 4)
-    calls = decision_calls(supernet.spec, segments, output, torch.zeros(4, 10))
+    calls = timed_calls(supernet, segments, output)
     summaries = Counter[str]()
     heads = Counter[str]()
     whole, score = torch.Tensor.topk, Head.__call__

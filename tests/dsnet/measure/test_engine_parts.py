@@ -18,6 +18,7 @@ from tests.dsnet.measure.clocked_engine import NAME, STATIC_MS, TAIL_MS, TRUNK_M
 from tests.dsnet.network.test_entry_gate import early_set, lively
 from tests.dsnet.samples import ROUTER_KINDS, small_supernet
 
+DECIDE_MS = 0.25
 QUICK = LatencySettings(batch_sizes=(1, 3), group_sizes=(1, 2), repeats=2, warmup=1, threads=2)
 
 
@@ -30,8 +31,8 @@ def test_the_times_are_those_of_the_graphs(monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("onnxscript", reason="extra deploy is not installed")
     supernet = small_supernet()
     with monkeypatch.context() as patch:
-        engine = ClockedEngine(patch)
-        table = measure_latency(supernet, 16, replace(QUICK, engine=NAME))
+        engine = ClockedEngine(patch, DECIDE_MS)
+        table = measure_latency(supernet, 16, replace(QUICK, engine=NAME, repeats=1, warmup=0))
     routes = range(len(supernet.subnets))
     assert engine.threads == {2}
     assert table.device == f"{device_name('cpu')}, {engine.title}"
@@ -41,8 +42,10 @@ def test_the_times_are_those_of_the_graphs(monkeypatch: pytest.MonkeyPatch) -> N
     for size in (1, 2):
         assert medians(table.tails[size]) == pytest.approx([size * (TAIL_MS + k) for k in routes])
         assert table.trunk[size].median_ms == pytest.approx(size * TRUNK_MS)
-        assert {table.decide[size].median_ms, *(row[size].median_ms for row in table.decisions.values())} == {0.0}
-    assert {*table.decisions, "gate"} == set(ROUTER_KINDS)
+        decisions = {kind: row[size].median_ms for kind, row in table.decisions.items()} | {
+            "gate": table.decide[size].median_ms
+        }
+        assert decisions == {kind: pytest.approx(size * DECIDE_MS) for kind in ROUTER_KINDS}
     assert LatencyTable.from_json(table.to_json()) == table
     for k, subnet in enumerate(supernet.subnets):
         images, logits = engine.last[f"logits_{k}"]
@@ -57,7 +60,7 @@ def test_the_graphs_behind_an_entry_gate_are_the_sub_networks() -> None:
     supernet = lively(rebuild(early_set("ds_tiny")))
     engine = timing_engine("onnxruntime")
     assert engine is not None
-    parts = EngineParts.open(supernet, 16, engine, threads=1)
+    parts = EngineParts.open(supernet, 16, engine, threads=1, routers={})
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     features = parts.trunk(images).features
     torch.testing.assert_close(features, images)

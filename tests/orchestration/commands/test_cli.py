@@ -246,15 +246,17 @@ def test_pareto_tells_the_optimism_of_val_and_what_each_kind_of_router_reaches(f
     assert f"mean of {len(verified.test.points)} gates: {100 * content['optimism']['value']:+.1f}" in text
 
 
-def test_pareto_draws_the_front_and_the_kinds_of_router(finished: Finished, tmp_path: Path) -> None:
-    front, routers = tmp_path / "front.html", tmp_path / "routers.html"
-    call(finished.folder, "pareto", "tiny", "--figure", front, "--routers-figure", routers)
+def test_pareto_draws_the_front_the_kinds_of_router_and_their_speed(finished: Finished, tmp_path: Path) -> None:
+    front, routers, speed = (tmp_path / f"{name}.html" for name in ("front", "routers", "speed"))
+    options = ("--figure", front, "--routers-figure", routers, "--speed-figure", speed)
+    call(finished.folder, "pareto", "tiny", *options)
     assert "Accuracy against cost" in front.read_text(encoding="utf-8")
     assert "Gain of each kind of router" in routers.read_text(encoding="utf-8")
+    assert "Accuracy over speed" in speed.read_text(encoding="utf-8")
 
 
 def test_a_figure_of_no_known_format_is_refused_before_anything_is_printed(finished: Finished, tmp_path: Path) -> None:
-    for option in ("--figure", "--routers-figure"):
+    for option in ("--figure", "--routers-figure", "--speed-figure"):
         answer = call(finished.folder, "pareto", "tiny", option, tmp_path / "front.txt")
         assert (answer.code, answer.out) == (2, "")
         assert "its suffix must be one of .html, .json, .png, .svg" in answer.err

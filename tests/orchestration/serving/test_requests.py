@@ -135,5 +135,5 @@ def test_a_query_that_no_point_fulfils_is_told_so(
 
 def test_a_bundle_is_served_in_the_precision_that_was_asked_for(bundle: Bundle) -> None:
     assert opened(bundle.path, ServeSettings()).precision == "float32"
-    with pytest.raises(ConfigError, match="precision int8: .* has no folder onnx_int8"):
+    with pytest.raises(ConfigError, match=r"precision int8: .* has no folder onnx_int8"):
         opened(bundle.path, ServeSettings(precision="int8"))
