@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsnet.arithmetic import fix_arithmetic
+from dsnet.deploy.layout import FLOAT32
 from dsnet.errors import DsnetError, StoppedError
 from dsnet.import_path import ALLOW_IMPORTS
 from orchestration.serving.settings import ServeSettings
@@ -58,6 +59,12 @@ IMPORTS = click.option(
     help=f"Allow a network by import path, which runs code of yours; {ALLOW_IMPORTS}=1 in the environment does the same.",
 )
 POSITIVE = click.FloatRange(min=0, min_open=True)
+PRECISION = click.option(
+    "--precision",
+    default=FLOAT32,
+    show_default=True,
+    help="float32, or int8 for a bundle with the format onnx_int8.",
+)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -529,14 +536,12 @@ def export(
     from orchestration.commands.messages import warn
     from orchestration.commands.mlflow import BundleLog
     from orchestration.commands.sweep import open_sweep
-    from orchestration.pipeline.export import write_formats
 
     further = tuple(map(check_format, formats))
     sweep = open_sweep(run, runs)
     log = BundleLog(sweep.results, register)
-    paths = sweep.export(picks, out)
+    paths = sweep.export(picks, out, further)
     for path in paths:
-        write_formats(path, further)
         click.echo(path)
     warning = log.write(paths, out)
     if warning is not None:
@@ -579,8 +584,14 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 )
 @click.option("--json", "form", flag_value="json", help="Print JSON.")
 @click.option("--csv", "form", flag_value="csv", help="Print CSV with a header.")
+@PRECISION
 def predict(
-    bundle: Path, photos: tuple[Path, ...], madds_m: float | None, latency_ms: float | None, form: str | None
+    bundle: Path,
+    photos: tuple[Path, ...],
+    madds_m: float | None,
+    latency_ms: float | None,
+    form: str | None,
+    precision: str,
 ) -> int:
     """Classify photos with a bundle.
 
@@ -591,7 +602,7 @@ def predict(
     from orchestration.commands.predict import predict_files
 
     _check_one_budget(madds_m, latency_ms)
-    return predict_files(bundle, photos, form=form, madds_m=madds_m, latency_ms=latency_ms)
+    return predict_files(bundle, photos, form=form, madds_m=madds_m, latency_ms=latency_ms, precision=precision)
 
 
 @cli.command()
@@ -642,6 +653,7 @@ def predict(
 )
 @click.option("--budget-madds", "madds_m", type=POSITIVE, help="Budget of requests without one, in million MAdds.")
 @click.option("--budget-latency", "latency_ms", type=POSITIVE, help="Budget of requests without one, in ms at batch 1.")
+@PRECISION
 def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
     """Answer HTTP requests with a bundle on 127.0.0.1 until Ctrl-C.
 

@@ -28,8 +28,17 @@ from dsnet.data.photos import PhotoDecoder, photo_files
 from dsnet.deploy import onnx_files
 from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.engines import AUTO, TORCH, Engine, chosen_engine, graph_engines
-from dsnet.deploy.layout import MANIFEST
+from dsnet.deploy.layout import FLOAT32, INT8, MANIFEST
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints, prefix_of, read_points, store_points
+from dsnet.deploy.precisions import (
+    accuracy_sentence,
+    claims_of_point,
+    compare_rounded,
+    graphs_folder,
+    read_accuracy,
+    read_answers,
+    with_own_claims,
+)
 from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
 from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.families import rebuild
@@ -81,6 +90,10 @@ class Bundle:
     """The device on which it runs."""
     engine: str
     """Name of the inference engine (`dsnet.deploy.engines`)."""
+    graphs: Path
+    """The folder of the ONNX graphs of its precision, if the engine runs them."""
+    precision: str
+    """`float32`, or `int8` (`dsnet.deploy.precisions`); the claims are those of this precision."""
     _settings: Mapping[str, _Setting]
     """By the name of the point; the networks share all weights."""
     _setting: _Setting
@@ -252,13 +265,15 @@ class Bundle:
 
     def __str__(self) -> str:
         """A summary in five lines: classes, router and routes, input, claims, and how to call it;
-        with several operating points, two more about them."""
+        with several operating points, two more about them, and with int8 graphs, one about
+        those."""
         lines = [
             f"{self.path.name}: a {self.net.subnets.spec.family} classifier of {len(self.class_names)} classes: "
             f"{_listed(self.class_names)}",
             f"router  {self._router_sentence()}",
             f"input   a photo, or uint8 [B, {', '.join(map(str, self.image_shape))}] with pixels in 0..255",
             f"claims  {_claims_sentence(self.claims)}",
+            *self._precision_lines(),
             'use     bundle.predict("photo.jpg"), bundle.predict([files and folders]), or bundle(images)',
         ]
         if len(self.operating_points) > 1:
@@ -268,6 +283,15 @@ class Bundle:
                 "budget  bundle.set_budget(madds_m=...), latency_ms=... or top1=...; print(bundle.operating_points)"
             )
         return "\n".join(lines)
+
+    def _precision_lines(self) -> Iterator[str]:
+        """A line about the accuracy in int8, if the bundle has int8 graphs."""
+        folder = self.path / graphs_folder(INT8)
+        if (folder / onnx_files.LISTING).is_file():
+            claims = claims_of_point(read_accuracy(folder), self.operating_point.name)
+            sentence = accuracy_sentence(INT8, claims).removeprefix(f"{INT8}: ").removeprefix(f"{INT8} ")
+            own = "this precision" if self.precision == INT8 else f'dsnet.load_bundle(path, precision="{INT8}")'
+            yield f"{INT8}    {sentence}; {own}"
 
     def _router_sentence(self) -> str:
         subnets, size, router = self.net.subnets, self.image_shape[-1], self.net.router
@@ -452,6 +476,7 @@ def load_bundle(
     *,
     device: torch.device | str = "cpu",
     engine: str = AUTO,
+    precision: str = FLOAT32,
     threads: int | None = None,
     cut_weights: bool = True,
     fold_bn: bool = True,
@@ -466,6 +491,8 @@ def load_bundle(
         device: the device on which it runs; images must be there too.
         engine: what runs the network: `torch`; `onnxruntime`, which is usually faster on a CPU, and
             needs a bundle with ONNX files; or `auto`, the latter where it is possible.
+        precision: `float32`, or `int8`, for which the bundle needs int8 graphs, and an engine other
+            than torch; its claims are then those that were measured in int8.
         threads: threads of one call of another engine than torch; None: those of torch.
         cut_weights: for torch, keep contiguous weights per route (fastest); False slices shared
             weights in every call (least memory).
@@ -473,11 +500,21 @@ def load_bundle(
 
     Raises:
         CheckpointError: a file is missing or damaged, or the bundle is of another version.
-        ConfigError: the engine is unknown, or cannot run this bundle here.
+        ConfigError: the engine or the precision is unknown, or cannot run this bundle here.
     """
     path = Path(path)
-    graphs, on_cpu = path / onnx_files.FOLDER, torch.device(device).type == "cpu"
-    chosen = chosen_engine(engine, (graphs / onnx_files.LISTING).is_file(), on_cpu)
+    graphs, on_cpu = path / graphs_folder(precision), torch.device(device).type == "cpu"
+    has_graphs = (graphs / onnx_files.LISTING).is_file()
+    if precision != FLOAT32 and (path / MANIFEST).is_file() and not has_graphs:
+        raise ConfigError(
+            f"precision {precision}: {path} has no folder {graphs.name}; export it with dsnet-orch export RUN --format {graphs.name}"
+        )
+    chosen = chosen_engine(engine, has_graphs, on_cpu)
+    if precision != FLOAT32 and chosen is None and has_graphs:
+        raise ConfigError(
+            f"precision {precision} needs an inference engine on the CPU, such as engine='{graph_engines()[0].name}' "
+            f"({graph_engines()[0].install}); torch runs {FLOAT32} alone"
+        )
     if not (path / MANIFEST).is_file():
         raise CheckpointError(
             f"{path}: no bundle here (no {MANIFEST}); make one with `dsnet-orch export RUN --pick knee`"
@@ -495,7 +532,7 @@ def load_bundle(
     if manifest.get("sha256") != _manifest_digest(manifest):
         raise CheckpointError(f"{path / MANIFEST}: was edited or damaged (its own SHA-256 differs); export it again")
     try:
-        return _assemble(path, manifest, _Loading(graphs, chosen, device, threads, cut_weights, fold_bn))
+        return _assemble(path, manifest, _Loading(graphs, chosen, precision, device, threads, cut_weights, fold_bn))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST}: incomplete or inconsistent ({type(error).__name__}: {error}); export it again"
@@ -508,6 +545,7 @@ class _Loading(NamedTuple):
     graphs: Path
     """The folder of the ONNX graphs."""
     engine: Engine | None
+    precision: str = FLOAT32
     device: torch.device | str = "cpu"
     threads: int | None = None
     cut_weights: bool = True
@@ -518,6 +556,9 @@ def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bun
     supernet, weights = _stored_supernet(path, manifest)
     subnets = supernet.subnets
     points = _points(path, manifest, weights)
+    if loading.precision != FLOAT32:
+        accuracy = read_accuracy(loading.graphs)
+        points = tuple(with_own_claims(point, accuracy) for point in points)
     channels, height, width = manifest["image_shape"]
     segments = None
     if loading.engine is not None:
@@ -544,6 +585,8 @@ def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bun
         operating_points=OperatingPoints(points),
         device=torch.device(loading.device),
         engine=TORCH if loading.engine is None else loading.engine.name,
+        graphs=loading.graphs,
+        precision=loading.precision,
         _settings=settings,
         _setting=settings[points[0].name],
     )
@@ -633,13 +676,36 @@ def check_onnx(path: Path, folder: Path) -> int:
     Raises:
         VerificationError: a route or a logit differs.
     """
-    manifest = read_json(path / MANIFEST)
-    found = [
-        check_bundle_examples(_assemble(path, manifest, _Loading(graphs=folder, engine=engine)))
-        for engine in graph_engines()
-        if engine.is_installed
-    ]
+    return check_graphs(path, folder, FLOAT32)
+
+
+def check_graphs(path: Path, folder: Path, precision: str) -> int:
+    """The same for the graphs of any precision; see `check_bundle_examples`.
+
+    Args:
+        path: the bundle's folder.
+        folder: with the graphs.
+        precision: their precision.
+    """
+    engines = [engine for engine in graph_engines() if engine.is_installed]
+    found = [check_bundle_examples(bundle_with_graphs(path, folder, engine, precision)) for engine in engines]
     return max(found, default=0)
+
+
+def bundle_with_graphs(path: Path, graphs: Path, engine: Engine, precision: str = FLOAT32) -> Bundle:
+    """A bundle that runs in an engine with the graphs of any folder, such as one that is still
+    being exported.
+
+    Args:
+        path: the bundle's folder.
+        graphs: the folder with the graphs.
+        engine: the engine, which is installed.
+        precision: the precision of the graphs.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    return _assemble(path, read_json(path / MANIFEST), _Loading(graphs, engine, precision))
 
 
 def check_bundle_files(bundle: Bundle) -> None:
@@ -657,7 +723,7 @@ def check_bundle_files(bundle: Bundle) -> None:
 
 
 class Examples(NamedTuple):
-    """The stored examples of an operating point."""
+    """The stored examples of an operating point, with the answers of the bundle's precision."""
 
     point: str
     """Its name."""
@@ -677,6 +743,8 @@ def stored_examples(bundle: Bundle) -> Iterator[Examples]:
     """
     stored = _tensors_of(bundle.path, bundle.manifest, EXAMPLES)
     images = stored["images"]
+    if bundle.precision != FLOAT32:
+        stored = {**stored, **read_answers(bundle.graphs)}
     points = bundle.manifest.get("points")
     if points is None:
         (point,) = bundle.operating_points
@@ -698,7 +766,7 @@ def check_bundle_examples(bundle: Bundle) -> int:
     the exported ones.
 
     Where the router's decision is a numerical tie, the recorded route is taken; its logits must
-    still agree.
+    still agree. In another precision than float32 they are compared by `compare_rounded`.
 
     Returns:
         The number of examples checked; 0 if none are stored.
@@ -710,9 +778,14 @@ def check_bundle_examples(bundle: Bundle) -> int:
     for examples in stored_examples(bundle):
         if (count := len(examples.images)) == 0:
             return 0
-        where = str(bundle.path)
+        where = str(bundle.path if bundle.precision == FLOAT32 else bundle.graphs)
         if len(bundle.operating_points) > 1:
             where += f": operating point {examples.point}"
+        if bundle.precision != FLOAT32:
+            output = bundle.at(examples.point).net(bundle.normalization.apply(examples.images))
+            where += f", {bundle.engine}"
+            compare_rounded(where, output.routes, output.logits, examples.routes, examples.logits)
+            continue
         logits, routes = _retraced(bundle.at(examples.point), examples.images, examples.routes)
         compare_examples(where, bundle.route_names, examples, routes, logits)
     return count

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dsnet.errors import ConfigError
 from dsnet.plugins import load_plugins
 from dsnet.wording import way_out
+
+if TYPE_CHECKING:
+    from dsnet.data.tensors import TensorData
 
 BUNDLE = "bundle"
 """The format that `dsnet.load_bundle` reads."""
@@ -51,6 +54,22 @@ class CheckedExporter(Exporter, Protocol):
         ...
 
 
+@runtime_checkable
+class DataExporter(Exporter, Protocol):
+    """An exporter that needs images of the run, such as for calibration; `write_with` is called in
+    place of `write`."""
+
+    def write_with(self, bundle: Path, folder: Path, data: TensorData) -> None:
+        """Write a bundle in this format.
+
+        Args:
+            bundle: the bundle's folder, complete.
+            folder: empty, in the bundle's folder; receives the files.
+            data: the run's images without the test split.
+        """
+        ...
+
+
 _EXPORTERS: dict[str, Exporter] = {}
 
 
@@ -83,10 +102,30 @@ class BuiltIn:
         count: int = self._function("check")(bundle, folder)
         return count
 
-    def _function(self, kind: str) -> Callable[[Path, Path], Any]:
+    def _function(self, kind: str) -> Callable[..., Any]:
         module, _, name = self.functions.partition(":")
-        function: Callable[[Path, Path], Any] = getattr(import_module(module), f"{kind}_{name}")
+        function: Callable[..., Any] = getattr(import_module(module), f"{kind}_{name}")
         return function
+
+
+@dataclass(frozen=True)
+class BuiltInWithData(BuiltIn):
+    """A format of ours that needs images of the run; `write_NAME` takes them as its third
+    argument."""
+
+    def write(self, bundle: Path, folder: Path) -> None:
+        """Refuse: the images are missing.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"format {self.name} needs images of the run: write it with dsnet-orch export RUN --format {self.name}"
+        )
+
+    def write_with(self, bundle: Path, folder: Path, data: TensorData) -> None:
+        """See `DataExporter.write_with`."""
+        self._function("write")(bundle, folder, data)
 
 
 for _format, _functions in (
@@ -97,6 +136,7 @@ for _format, _functions in (
     ("static", "dsnet.deploy.further_formats:static"),
 ):
     register(BuiltIn(_format, _functions))
+register(BuiltInWithData("onnx_int8", "dsnet.deploy.int8:int8"))
 
 
 def exporters() -> Mapping[str, Exporter]:

@@ -1,4 +1,6 @@
-"""Names of files in a bundle's folder. Needs no torch."""
+"""Names of files in a bundle's folder, and of the precisions in which it runs. Needs no torch."""
 
 MANIFEST = "bundle.json"
 """The file that describes the bundle."""
+FLOAT32, INT8 = "float32", "int8"
+"""Precisions: that of training, and that of quantised graphs (`dsnet.deploy.precisions`)."""

@@ -1,10 +1,11 @@
 """The ONNX graphs of a bundle: their files, and the segments that an engine runs from them.
 
-The folder `onnx` of a bundle has a graph for every segment up to a gate, and one for the rest of
-every route after the first gate. Where a router decides at several gates, or there are many routes,
-there is a graph for every segment between gates instead, so that routes share them. A router that
-decides once also has a graph of everything up to and with its decision, so that an image costs one
-call for each route that it runs. `graphs.json` lists the graphs with their SHA-256.
+The folder `onnx` of a bundle, and `onnx_int8` with quantised graphs (`dsnet.deploy.int8`), has a
+graph for every segment up to a gate, and one for the rest of every route after the first gate.
+Where a router decides at several gates, or there are many routes, there is a graph for every
+segment between gates instead, so that routes share them. A router that decides once also has a
+graph of everything up to and with its decision, so that an image costs one call for each route that
+it runs. `graphs.json` lists the graphs with their SHA-256.
 """
 
 from __future__ import annotations
@@ -63,25 +64,47 @@ def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int,
     Raises:
         DsnetError: the packages are missing, or the network cannot be exported.
     """
-    from dsnet.deploy.onnx_graphs import SegmentGraphs, first_route
+    from dsnet.deploy.onnx_graphs import SegmentGraphs
 
-    parts = sorted({part for router in routers for part in router.needs})
-    deciding = routers if len(routers) <= MANY_ROUTERS else ()
-    graphs = SegmentGraphs.of(supernet, parts, image_size, deciding)
-    tree = graphs.names.tree
+    graphs = SegmentGraphs.of(supernet, needed_parts(routers), image_size, deciding_routers(routers))
+    store_graphs(graphs, routers, folder)
+    return graphs
+
+
+def needed_parts(routers: Sequence[Router]) -> list[str]:
+    """The parts of the evidence that any of the routers reads, sorted."""
+    return sorted({part for router in routers for part in router.needs})
+
+
+def deciding_routers(routers: Sequence[Router]) -> Sequence[Router]:
+    """The routers whose decisions are in the graphs: all, or none where there are too many."""
+    return routers if len(routers) <= MANY_ROUTERS else ()
+
+
+def store_graphs(graphs: SegmentGraphs, routers: Sequence[Router], folder: Path) -> None:
+    """Divide exported graphs into the files that `GraphSegments` opens.
+
+    Args:
+        graphs: exported for the `deciding_routers`, with the parts of the evidence that `routers`
+            read.
+        routers: the routers that run with the graphs.
+        folder: receives the files.
+    """
+    from dsnet.deploy.onnx_graphs import first_route
+
+    parts, tree = needed_parts(routers), graphs.names.tree
     has_tails = tree.num_routes <= MANY_ROUTES and all(router.num_gates == 1 for router in routers)
     written = {}
-    for name, model in _graphs(graphs, has_tails):
+    for name, model in _graphs(graphs, has_tails, parts):
         file = folder / f"{name}.onnx"
         file.write_bytes(model.SerializeToString())
         written[name] = {"input": model.graph.input[0].name, "sha256": file_sha256(file)}
-    for number, router in enumerate(deciding):
+    for number, router in enumerate(deciding_routers(routers)):
         if entry_name(number) in written:
             written[entry_name(number)]["after"] = first_route(router)
     atomic_write_json(
         folder / LISTING, {"version": VERSION, "evidence": parts, "has_tails": has_tails, "graphs": written}
     )
-    return graphs
 
 
 def open_model(model: ModelProto, engine: Engine, threads: int) -> TensorCall:
@@ -102,12 +125,12 @@ def _on_tensors(graph: Graph, input_name: str) -> TensorCall:
     return lambda x: [torch.from_numpy(value) for value in graph({input_name: x.contiguous().numpy()})]
 
 
-def _graphs(graphs: SegmentGraphs, has_tails: bool) -> Iterator[tuple[str, ModelProto]]:
+def _graphs(graphs: SegmentGraphs, has_tails: bool, parts: Sequence[str]) -> Iterator[tuple[str, ModelProto]]:
     """Every graph with its name."""
     tree = graphs.names.tree
     for gate, branches in enumerate(tree.gates[:1] if has_tails else tree.gates):
         for node in range(branches.num_nodes):
-            yield segment_name(gate, node), graphs.segment(gate, node)
+            yield segment_name(gate, node), graphs.segment(gate, node, parts)
     for route in range(tree.num_routes):
         yield (tail_name(route), graphs.tail(route)) if has_tails else (head_name(route), graphs.head(route))
     for number in sorted({decision.router for decision in graphs.names.decisions}):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from dsnet.data.normalization import Normalization
 from dsnet.data.tensors import TensorData
 from dsnet.data.training_images import TrainingImages
+from dsnet.deploy.segments import Segments
 from dsnet.network.precision import exact_float32
-from dsnet.network.prefix_tree import OnNode, each_logits
-from dsnet.network.supernet import EVIDENCE_PARTS, Supernet, TrunkOutput
+from dsnet.network.prefix_tree import each_logits
+from dsnet.network.supernet import EVIDENCE_PARTS, Supernet
 from dsnet.routers.base import summary_of
 from dsnet.routing.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, GateColumns, RoutingTable
 from dsnet.seeds import derive_seed
@@ -129,6 +132,20 @@ def sample_training_images(
     return {"split": "train", "num_images": num_images, "name": widest.name, "top1": right / num_images}
 
 
+class GivenSegments(NamedTuple):
+    """Segments that run in place of a supernet's weights, such as graphs in an engine."""
+
+    segments: Segments
+    """On the CPU."""
+    parts: Sequence[str]
+    """The parts of the evidence that they give, and that a table stores."""
+
+    def num_gates(self, tree: RouteTree) -> int:
+        """The number of gates at which they give evidence: segments that are not shared after the
+        first gate give it there alone."""
+        return len(tree.gates) if self.segments.shares_segments else 1
+
+
 @exact_float32()
 @torch.no_grad()
 def build_routing_table(
@@ -137,6 +154,7 @@ def build_routing_table(
     split: str,
     normalization: Normalization,
     *,
+    given: GivenSegments | None = None,
     batch_size: int = EVALUATION_BATCH,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoutingTable:
@@ -148,12 +166,18 @@ def build_routing_table(
         data: data with the split.
         split: name of the split.
         normalization: the normalisation that the supernet was trained with.
+        given: what runs in place of the supernet's weights.
         batch_size: images at a time.
         on_progress: called with (images done, images in all).
     """
     subnets = supernet.subnets
     tree = RouteTree.of(subnets)
-    plan = _EvidencePlan(supernet, tree, data.image_shape[-1])
+    if given is None:
+        plan = _EvidencePlan(supernet, tree, data.image_shape[-1], EVIDENCE_PARTS, len(tree.gates))
+        run = partial(each_logits, supernet, subnets=subnets.members)
+    else:
+        plan = _EvidencePlan(supernet, tree, data.image_shape[-1], given.parts, given.num_gates(tree))
+        run = partial(_logits_of_segments, given, supernet, tree)
     device = next(supernet.parameters()).device
     supernet.eval()
     rows: list[dict[str, Tensor]] = []
@@ -163,12 +187,13 @@ def build_routing_table(
         images = normalization.apply(batch.images.to(device))
         seen: dict[tuple[int, int], Tensor] = {}
         answers_of = {
-            subnet.name: _answers(logits, labels)
-            for subnet, logits in each_logits(supernet, images, subnets.members, on_node=plan.collector(seen))
+            subnet.name: _answers(logits, labels) for subnet, logits in run(images=images, on_node=plan.collector(seen))
         }
         per_route = [answers_of[subnet.name] for subnet in subnets]
         row = {name: torch.stack([answers[name] for answers in per_route], dim=1) for name in per_route[0]}
-        row["evidence"] = torch.cat([seen[place] for place in plan.places], dim=1)
+        row["evidence"] = torch.cat(
+            [images.new_zeros(len(images), 0), *(seen[place] for place in plan.places if place in seen)], dim=1
+        )
         rows.append({name: value.cpu() for name, value in row.items()})
         done += len(labels)
         on_progress(done, data.num_images(split))
@@ -188,38 +213,73 @@ def build_routing_table(
     )
 
 
+class _WithEvidence(Protocol):
+    """The output of a segment, as far as a table reads it."""
+
+    def evidence(self, part: str) -> Float[Tensor, "batch features"]:
+        """One part of the evidence."""
+        ...
+
+
+_Collect = Callable[[int, Subnet, _WithEvidence], None]
+
+
+def _logits_of_segments(
+    given: GivenSegments, supernet: Supernet, tree: RouteTree, images: Tensor, on_node: _Collect
+) -> Iterator[tuple[Subnet, Tensor]]:
+    """Run all routes with segments, each shared one once; as `each_logits`."""
+    members, segments, num_gates = supernet.subnets, given.segments, given.num_gates(tree)
+    inputs = {0: images}
+    for gate, branches in enumerate(tree.gates[:num_gates]):
+        found = {}
+        for node in range(branches.num_nodes):
+            route = branches.routes_at(node)[0]
+            before = tree.gates[gate - 1].node_of[route] if gate else 0
+            output = segments.upto_gate(gate, node, inputs[before])
+            on_node(gate, members[route], output)
+            found[node] = output.features
+        inputs = found
+    last = tree.gates[num_gates - 1].node_of
+    for route, subnet in enumerate(members):
+        yield subnet, segments.rest(num_gates, route, inputs[last[route]])
+
+
 class _EvidencePlan:
     """Plan of which parts of the evidence a table stores at every node, and in which columns.
 
-    All parts are stored at the first gate. The poolings of later gates are stored only if the nodes
-    of all gates together need no more than `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand
-    channels would be 800 kB an image.
+    The given parts are stored at the first `num_gates` gates. At later ones than the first, the
+    poolings are stored only if the nodes of all gates together need no more than
+    `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand channels would be 800 kB an image.
     """
 
-    def __init__(self, supernet: Supernet, tree: RouteTree, image_size: int) -> None:
+    def __init__(
+        self, supernet: Supernet, tree: RouteTree, image_size: int, parts: Sequence[str], num_gates: int
+    ) -> None:
+        self._parts = [part for part in EVIDENCE_PARTS if part in parts]
         self._subnets = supernet.subnets
         self._tree = tree
         self._image_size = image_size
         self.places = [(gate, node) for gate, nodes in enumerate(tree.gates) for node in range(nodes.num_nodes)]
-        self._lengths = {place: self._lengths_at(*place) for place in self.places}
+        self._lengths = {place: self._lengths_at(*place) if place[0] < num_gates else {} for place in self.places}
         if sum(sum(lengths.values()) for lengths in self._lengths.values()) > MAX_EVIDENCE_COLUMNS:
             for (gate, node), lengths in self._lengths.items():
                 if gate > 0:
-                    self._lengths[gate, node] = {"hidden": lengths["hidden"]}
+                    self._lengths[gate, node] = {part: length for part, length in lengths.items() if part == "hidden"}
 
     def _lengths_at(self, gate: int, node: int) -> dict[str, int]:
         spec = self._subnets.spec
         subnet = self._subnets[self._tree.gates[gate].routes_at(node)[0]]
         channels = evidence_channels(spec, subnet, gate)
-        return {part: spec.gates[gate].hidden if part == "hidden" else channels for part in EVIDENCE_PARTS}
+        return {part: spec.gates[gate].hidden if part == "hidden" else channels for part in self._parts}
 
-    def collector(self, seen: dict[tuple[int, int], Tensor]) -> OnNode:
+    def collector(self, seen: dict[tuple[int, int], Tensor]) -> _Collect:
         """A callback that puts the evidence of a batch at each node into `seen`."""
         index = {subnet.name: k for k, subnet in enumerate(self._subnets)}
 
-        def collect(gate: int, subnet: Subnet, output: TrunkOutput) -> None:
+        def collect(gate: int, subnet: Subnet, output: _WithEvidence) -> None:
             place = (gate, self._tree.gates[gate].node_of[index[subnet.name]])
-            seen[place] = torch.cat([output.evidence(part) for part in self._lengths[place]], dim=1).float()
+            if self._lengths[place]:
+                seen[place] = torch.cat([output.evidence(part) for part in self._lengths[place]], dim=1).float()
 
         return collect
 

@@ -118,7 +118,8 @@ class RoutingTable:
             raise ValueError(
                 f"routing table {self.split}: its tree does not fit its {shape[1]} routes, or its gates do not fit the tree"
             )
-        last = max(stop for gate in self.gates for layout in gate.layouts for _, stop in layout.values())
+        stops = (stop for gate in self.gates for layout in gate.layouts for _, stop in layout.values())
+        last = max(stops, default=0)  # none where no router reads any evidence
         if last != self.evidence.shape[1]:
             raise ValueError(
                 f"routing table {self.split}: its gates keep {last} columns of evidence, but it has {self.evidence.shape[1:]}"

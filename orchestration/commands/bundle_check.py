@@ -17,7 +17,9 @@ from dsnet.data.tensors import TensorData
 from dsnet.deploy.bundle import Bundle, check_bundle_examples, check_bundle_files, load_bundle, score_bundle
 from dsnet.deploy.engines import TORCH
 from dsnet.deploy.exporters import CheckedExporter, exporters
+from dsnet.deploy.layout import FLOAT32, INT8
 from dsnet.deploy.onnx_files import FOLDER as ONNX
+from dsnet.deploy.precisions import graphs_folder
 from dsnet.errors import DataError, NotFoundError, VerificationError
 from dsnet.space.cost import subnet_cost
 from orchestration.config.command_lines import command_line, has_own_code
@@ -29,6 +31,9 @@ from orchestration.supernets.results import results_at
 TIED_IMAGES = 2
 """Number of images that another processor may classify differently, because their two best scores
 are equal up to rounding."""
+ROUNDED_IMAGES = 0.005
+"""Share of the images that another processor or engine may classify or route differently in another
+precision than float32 (`dsnet.deploy.precisions.LOGIT_TOLERANCE`)."""
 ROUNDING = 1e-9
 
 
@@ -68,7 +73,10 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     checks += _check_formats(path)
     checks += _check_origin(bundle)
     if data_path is not None:
-        checks += _check_claims(bundle, data_path)
+        data = _claimed_data(bundle.claims["data"], data_path or _folder_of_the_run(bundle.path))
+        checks += _check_claims(bundle, data)
+        if (path / graphs_folder(INT8)).is_dir():
+            checks += _check_claims(load_bundle(path, precision=INT8), data)
     return checks
 
 
@@ -91,8 +99,7 @@ def _examples_finding(num_examples: int, num_points: int, engines: Sequence[str]
     return f"{num_examples} stored images give the recorded routes and logits{where}{run_by}"
 
 
-def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
-    data = _claimed_data(bundle.claims["data"], data_path or _folder_of_the_run(bundle.path))
+def _check_claims(bundle: Bundle, data: TensorData) -> list[Check]:
     return [
         _check_split(bundle.at(point.name), data, split)
         for point in bundle.operating_points
@@ -158,7 +165,7 @@ def _check_split(bundle: Bundle, data: TensorData, split: str) -> Check:
     num_images = data.num_images(split)
     with torch.inference_mode():
         found = score_bundle(bundle, data.images(split), data.labels(split))
-    allowed = TIED_IMAGES / num_images
+    allowed = TIED_IMAGES / num_images if bundle.precision == FLOAT32 else max(TIED_IMAGES / num_images, ROUNDED_IMAGES)
     spec, size = bundle.net.subnets.spec, bundle.image_shape[-1]
     # One undecided image exchanges one tail for another; with a router that may run several, it
     # adds or drops one.
@@ -170,7 +177,10 @@ def _check_split(bundle: Bundle, data: TensorData, split: str) -> Check:
         raise VerificationError(
             f"{bundle.path}: {point}on {split} ({num_images} images) it reaches {_scores(found)}, but claims {_scores(claimed)}"
         )
-    return Check(split, f"{point}{_scores(found)} on {num_images} images, as claimed")
+    return Check(
+        split if bundle.precision == FLOAT32 else f"{split} in {bundle.precision}",
+        f"{point}{_scores(found)} on {num_images} images, as claimed",
+    )
 
 
 def _scores(values: Mapping[str, Any]) -> str:

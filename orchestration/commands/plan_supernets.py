@@ -19,6 +19,7 @@ from orchestration.commands.planning import (
 )
 from orchestration.config.loading import LoadedConfig
 from orchestration.config.sweep import SweepConfig
+from orchestration.pipeline.export import Formats
 from orchestration.pipeline.forecast import Forecast, forecast_supernets
 from orchestration.pipeline.launch import anchored
 from orchestration.pipeline.search import continued
@@ -144,7 +145,9 @@ def report_supernets_again(results: SupernetSweepResults) -> Path:
     return write_supernets_report(results, notes, "complete" if results.is_verified else "stopped")
 
 
-def export_supernets_again(results: SupernetSweepResults, picks: Sequence[str], folder: Path | None) -> list[Path]:
+def export_supernets_again(
+    results: SupernetSweepResults, picks: Sequence[str], folder: Path | None, formats: Formats
+) -> list[Path]:
     """Write bundles of picked gates, or sets of operating points, of any of the supernets; returns
     their folders."""
     images = _images_again(results)
@@ -154,4 +157,4 @@ def export_supernets_again(results: SupernetSweepResults, picks: Sequence[str], 
         for name, member in results.supernets.items()
         if name in wanted
     }
-    return export_gates(results, picks, prepared, folder or results.run.export_dir)
+    return export_gates(results, picks, prepared, folder or results.run.export_dir, formats)

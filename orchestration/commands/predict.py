@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from dsnet.deploy.bundle import load_bundle
+from dsnet.deploy.layout import FLOAT32
 from dsnet.deploy.prediction import PhotoPrediction
 from dsnet.errors import DataError, NotFoundError
 from dsnet.wording import plural
@@ -39,6 +40,7 @@ def predict_files(
     form: str | None = None,
     madds_m: float | None = None,
     latency_ms: float | None = None,
+    precision: str = FLOAT32,
 ) -> int:
     """Classify photos and print the answers; files that cannot be read are named.
 
@@ -49,19 +51,21 @@ def predict_files(
         madds_m: budget by which an operating point is chosen, as by `Bundle.at`; without a budget
             it is the bundle's own.
         latency_ms: the same, as a latency.
+        precision: as of `load_bundle`.
 
     Returns:
         0; the exit code of `DataError` where a photo could not be read.
 
     Raises:
         NotFoundError: no bundle there, or no operating point within the budget.
-        ConfigError: more than one budget, or one out of range.
+        ConfigError: more than one budget, or one out of range; or the bundle does not have the
+            precision.
         DataError: no photo could be read, or a folder holds none.
     """
     if not path.exists():
         raise NotFoundError(f"{path}: no such bundle; make one with: dsnet-orch export RUN --pick knee")
     unreadable: list[tuple[Path, DataError]] = []
-    bundle = load_bundle(path)
+    bundle = load_bundle(path, precision=precision)
     if madds_m is not None or latency_ms is not None:
         bundle = bundle.at(madds_m=madds_m, latency_ms=latency_ms)
     answers = bundle.predict(photos, on_error=lambda file, error: unreadable.append((file, error)))

@@ -23,6 +23,7 @@ from orchestration.supernets.results import SupernetSweepResults, results_at
 if TYPE_CHECKING:
     from orchestration.config.loading import LoadedConfig
     from orchestration.config.sweep import SweepConfig
+    from orchestration.pipeline.export import Formats
 
 
 class Sweep(Protocol):
@@ -49,8 +50,9 @@ class Sweep(Protocol):
         """Draw the front into a file, whose suffix decides the format."""
         ...
 
-    def export(self, picks: Sequence[str], folder: Path | None) -> list[Path]:
-        """Write bundles of picked gates; returns their folders."""
+    def export(self, picks: Sequence[str], folder: Path | None, further: Sequence[str]) -> list[Path]:
+        """Write bundles of picked gates, in the formats of `export.formats` and in further ones;
+        returns their folders."""
         ...
 
     def report(self) -> Path:
@@ -101,12 +103,13 @@ class SweepOfOne:
 
         return draw_front(self.results, path)
 
-    def export(self, picks: Sequence[str], folder: Path | None) -> list[Path]:
+    def export(self, picks: Sequence[str], folder: Path | None, further: Sequence[str]) -> list[Path]:
         """Write bundles of picked trials."""
         from orchestration.commands.planning import prepare_again
         from orchestration.pipeline.export import export_picks
 
-        return export_picks(prepare_again(self.results), self.results, picks, folder or self.results.run.export_dir)
+        folder = folder or self.results.run.export_dir
+        return export_picks(prepare_again(self.results), self.results, picks, folder, _formats(self.results, further))
 
     def report(self) -> Path:
         """Write points and report again."""
@@ -153,11 +156,11 @@ class SweepOfSeveral:
 
         return draw_supernets(self.results, path)
 
-    def export(self, picks: Sequence[str], folder: Path | None) -> list[Path]:
+    def export(self, picks: Sequence[str], folder: Path | None, further: Sequence[str]) -> list[Path]:
         """Write bundles of picked gates of any of the supernets."""
         from orchestration.commands.plan_supernets import export_supernets_again
 
-        return export_supernets_again(self.results, picks, folder)
+        return export_supernets_again(self.results, picks, folder, _formats(self.results, further))
 
     def report(self) -> Path:
         """Write points and reports of the sweep and of its supernets again."""
@@ -176,6 +179,14 @@ class SweepOfSeveral:
             f"{run.name} is a sweep of several supernets, but {why}; name its run, e.g. "
             f"{run.supernets_dir / self.results.entries[0].name}"
         )
+
+
+def _formats(results: Results, further: Sequence[str]) -> Formats:
+    """The formats of `export.formats` and further ones; measured accuracies are said on stderr."""
+    from orchestration.commands.messages import complain
+    from orchestration.pipeline.export import Formats
+
+    return Formats(results.config.export.formats, further, say=complain)
 
 
 def open_sweep(run: str, runs: str) -> Sweep:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from dsnet.deploy.operating_points import LATENCY_CLAIM, SHARED_CLAIM
+from dsnet.deploy.operating_points import LATENCY_CLAIM, ORIGIN_CLAIM, SHARED_CLAIM
 from dsnet.measure.latency import LatencyTable
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from orchestration.prepare.preparation import Prepared
-from orchestration.results.exported import ORIGIN, origin_claim
+from orchestration.results.exported import origin_claim
 from orchestration.results.measured import MeasuredSubnet
 from orchestration.results.run import RunResults
 from orchestration.results.verified import DynamicLatency
@@ -25,7 +25,7 @@ def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[st
     names = ("top1", "top5", "madds_m", "p95_madds_m", "params_m", "latency_ms")
     claims: dict[str, Any] = {
         SHARED_CLAIM: data_claim(prepared),
-        ORIGIN: origin_claim(results, is_gate=True),
+        ORIGIN_CLAIM: origin_claim(results, is_gate=True),
         "val": {"num_images": len(prepared.splits.val), **{name: record.metrics[name] for name in names}},
     }
     verified = results.verified
@@ -89,7 +89,7 @@ def member_claims(prepared: Prepared, results: RunResults, subnet: MeasuredSubne
     madds_m = subnet.madds / 1e6
     claims: dict[str, Any] = {
         SHARED_CLAIM: data_claim(prepared),
-        ORIGIN: origin_claim(results, is_gate=False),
+        ORIGIN_CLAIM: origin_claim(results, is_gate=False),
         "val": {
             "num_images": len(prepared.splits.val),
             "top1": subnet.top1,

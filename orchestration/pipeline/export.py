@@ -6,8 +6,9 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, BundleContents, save_bundle
 from dsnet.deploy.engines import can_write_graphs
-from dsnet.deploy.exporters import BUNDLE, CheckedExporter, exporters
+from dsnet.deploy.exporters import BUNDLE, CheckedExporter, DataExporter, exporters
+from dsnet.deploy.layout import INT8
 from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints
+from dsnet.deploy.precisions import graphs_folder
 from dsnet.dotted import nest
 from dsnet.errors import DsnetError, NotFoundError
 from dsnet.routers.base import Router
@@ -33,6 +36,7 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.config.export import MEMBERS, gate_picks, point_sets
 from orchestration.pipeline.claims import bundle_claims, gate_point_claims, member_claims
+from orchestration.pipeline.int8_accuracy import BundleSource, measure_int8
 from orchestration.prepare.preparation import Prepared
 from orchestration.results.run import RunResults, picked_slots
 from orchestration.runs.folder import KNEE
@@ -46,7 +50,22 @@ EXAMPLE_SEED = 0
 """Seed of the draw of the examples."""
 
 
-def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Formats:
+    """The formats in which bundles are written."""
+
+    chosen: Sequence[str] | None
+    """As in `export.formats`; None: the graphs for inference engines, if the packages are
+    installed and the graphs can be written."""
+    further: Sequence[str] = ()
+    """Names of exporters beside those."""
+    say: Callable[[str], None] = _log.info
+    """Called with one sentence about each accuracy that is measured in int8."""
+
+
+def export_picks(
+    prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path, formats: Formats
+) -> list[Path]:
     """Write a bundle for each picked trial and each picked set of operating points, and the link
     `knee` to the bundle of the front's knee; returns the bundles' folders.
 
@@ -57,13 +76,14 @@ def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], 
         results: the run.
         picks: as of `orchestration.results.run.picked_slots`; also `members` and `front`.
         folder: receives one folder per trial or set.
+        formats: the formats of each bundle.
 
     Raises:
         ConfigError, NotFoundError, CheckpointError: as `picked_slots` and `export_bundles`.
     """
     slots = picked_slots(results, gate_picks(picks))
-    paths = export_bundles(prepared, results, slots, folder) if slots else []
-    paths += export_point_sets(prepared, results, point_sets(picks), results.front, folder)
+    paths = export_bundles(prepared, results, slots, folder, formats) if slots else []
+    paths += export_point_sets(prepared, results, point_sets(picks), results.front, folder, formats)
     if results.knee is not None:
         link_knee(folder, folder / trial_name(results.knee))
     return paths
@@ -86,7 +106,9 @@ def link_knee(folder: Path, bundle: Path) -> None:
         new.replace(link)
 
 
-def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int], folder: Path) -> list[Path]:
+def export_bundles(
+    prepared: Prepared, results: RunResults, slots: Sequence[int], folder: Path, formats: Formats
+) -> list[Path]:
     """Write one bundle per trial.
 
     Args:
@@ -94,6 +116,7 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
         results: the run.
         slots: the trials.
         folder: receives one folder per trial.
+        formats: the formats of each bundle.
 
     Returns:
         the bundles' folders.
@@ -111,13 +134,18 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
         description = source.description(path.name, [router]) | source.facts(router, claims, slot)
         gate_yaml = _to_yaml("A gate configuration", description)
         save_bundle(path, source.contents(router), claims=claims, gate_yaml=gate_yaml)
-        write_chosen_formats(path, prepared.config.export.formats)
+        write_chosen_formats(path, formats, source.of_run({path.name: router}))
         paths.append(path)
     return paths
 
 
 def export_point_sets(
-    prepared: Prepared, results: RunResults, sets: Sequence[str], front: Sequence[int], folder: Path
+    prepared: Prepared,
+    results: RunResults,
+    sets: Sequence[str],
+    front: Sequence[int],
+    folder: Path,
+    formats: Formats,
 ) -> list[Path]:
     """Write one bundle with several operating points for each of `sets`; returns their folders.
 
@@ -129,6 +157,7 @@ def export_point_sets(
         sets: `members`, all static sub-networks without the teacher; `front`, the gates of a front.
         front: slots of the gates of this front.
         folder: receives one folder for each set, of its name.
+        formats: the formats of each bundle.
 
     Raises:
         NotFoundError: a stage has not finished, or the front is empty.
@@ -150,7 +179,7 @@ def export_point_sets(
         ]
         gate_yaml = _to_yaml("Operating points", description)
         save_bundle(path, contents, claims=claims, gate_yaml=gate_yaml)
-        write_chosen_formats(path, prepared.config.export.formats)
+        write_chosen_formats(path, formats, source.of_run({point.name: point.router for point in points}))
         paths.append(path)
     return paths
 
@@ -169,6 +198,10 @@ class _Source:
         self.supernet, meta = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
         self.normalization = Normalization.from_json(meta["run"]["normalization"])
         self.val = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+
+    def of_run(self, routers: Mapping[str, Router]) -> BundleSource:
+        """The source of a bundle with these routers, by the names of its operating points."""
+        return BundleSource(self.prepared, self.results, self.supernet, routers)
 
     def contents(
         self, router: Router, name: str | None = None, further: Sequence[OperatingPoint] = ()
@@ -249,32 +282,45 @@ class _Source:
         return facts
 
 
-def write_chosen_formats(bundle: Path, formats: Sequence[str] | None) -> None:
-    """Write the formats of `export.formats`.
+def write_chosen_formats(bundle: Path, formats: Formats, source: BundleSource) -> None:
+    """Write the formats of a bundle.
 
     Args:
         bundle: folder of the bundle.
-        formats: None: the graphs for inference engines, if the packages are installed; where they
-            cannot be written, a warning says why, and the bundle runs in torch.
+        formats: without a choice, where the graphs for inference engines cannot be written, a
+            warning says why, and the bundle runs in torch.
+        source: the run.
     """
-    if formats is not None:
-        write_formats(bundle, formats)
+    if formats.chosen is not None:
+        write_formats(bundle, formats.chosen, source, formats.say)
     elif can_write_graphs():
         try:
-            write_formats(bundle, [ONNX])
+            write_formats(bundle, [ONNX], source, formats.say)
         except DsnetError as error:
             _log.warning("%s has no ONNX files, so that it runs in torch alone: %s", bundle.name, error)
+    further = [name for name in formats.further if name not in (formats.chosen or ())]
+    write_formats(bundle, further, source, formats.say)
 
 
-def write_formats(bundle: Path, formats: Sequence[str]) -> None:
+def write_formats(
+    bundle: Path,
+    names: Sequence[str],
+    source: BundleSource | None = None,
+    say: Callable[[str], None] = _log.info,
+) -> None:
     """Write further formats of a bundle, each into a folder of its name inside it; an existing one
-    is replaced.
+    is replaced. The accuracy in int8 is measured.
 
     Args:
         bundle: folder of the bundle.
-        formats: names of exporters; the bundle itself is left out.
+        names: names of exporters; the bundle itself is left out.
+        source: the run; None for formats that need no images of it.
+        say: called with a sentence about each accuracy that is measured.
+
+    Raises:
+        ConfigError: a format needs images of the run.
     """
-    for name in formats:
+    for name in names:
         if name == BUNDLE:
             continue
         new, final = bundle / f".{name}.{os.getpid()}", bundle / name
@@ -282,9 +328,14 @@ def write_formats(bundle: Path, formats: Sequence[str]) -> None:
         new.mkdir()
         try:
             exporter = exporters()[name]
-            exporter.write(bundle, new)
+            if source is not None and isinstance(exporter, DataExporter):
+                exporter.write_with(bundle, new, source.prepared.data)
+            else:
+                exporter.write(bundle, new)
             if isinstance(exporter, CheckedExporter):
                 exporter.check(bundle, new)
+            if source is not None and name == graphs_folder(INT8):
+                measure_int8(bundle, new, source, say)
             shutil.rmtree(final, ignore_errors=True)
             new.replace(final)
         finally:

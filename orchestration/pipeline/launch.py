@@ -23,7 +23,7 @@ from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.sweep import SweepConfig
 from orchestration.config.written import to_yaml
 from orchestration.pipeline.context import Launch
-from orchestration.pipeline.export import export_picks
+from orchestration.pipeline.export import Formats, export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.search import refuse_impossible_layout, search_stage, trials_left
 from orchestration.pipeline.structure import structure_stage
@@ -280,7 +280,8 @@ def _finish(work: Launch) -> LaunchResult:
     results = work.results
     write_outputs(work, work.prepared.notes(), Standing.of(results))
     export, folder = work.config.export, work.run.export_dir
-    bundles = export_picks(work.prepared, results, export.picks, folder)
+    formats = Formats(export.formats, say=work.progress.say)
+    bundles = export_picks(work.prepared, results, export.picks, folder, formats)
     write_bundles(work.tracker, bundles, folder, export.register_as)
     return LaunchResult(results, tuple(bundles))
 

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.deploy.layout import MANIFEST
+from dsnet.deploy.operating_points import ORIGIN_CLAIM
 from dsnet.files import read_json
 from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import KEY_CHARACTERS, RunDir
-
-ORIGIN = "made_from"
-"""Name of the claim that says from which results of a run a bundle was made."""
 
 
 def origin_claim(results: RunResults, *, is_gate: bool) -> dict[str, str]:
@@ -47,7 +45,7 @@ def outdated_part(results: Results, manifest: Any) -> str | None:
         manifest: content of bundle.json.
     """
     trained = [own for own in results.supernets.values() if own.is_done("supernet")]
-    made_from = manifest["claims"].get(ORIGIN)
+    made_from = manifest["claims"].get(ORIGIN_CLAIM)
     if made_from is None:
         families = {own.trained_subnets.spec.family for own in trained}
         return None if manifest["spec"]["family"] in families else "supernet"

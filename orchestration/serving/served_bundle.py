@@ -19,10 +19,10 @@ def opened(path: Path, settings: ServeSettings, threads: int | None = None) -> B
 
     Raises:
         CheckpointError: it cannot be read.
-        ConfigError: two budgets, or one out of range.
+        ConfigError: two budgets, or one out of range; or the bundle does not have the precision.
         NotFoundError: no point is within the budget.
     """
-    bundle = load_bundle(path, threads=threads)
+    bundle = load_bundle(path, threads=threads, precision=settings.precision)
     if settings.madds_m is not None or settings.latency_ms is not None:
         bundle.set_budget(madds_m=settings.madds_m, latency_ms=settings.latency_ms)
     return bundle

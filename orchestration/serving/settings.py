@@ -7,6 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
+from dsnet.deploy.layout import FLOAT32
 from dsnet.settings import NonNegativeFloat, PositiveInt, Settings
 
 Port = Annotated[int, Ge(0), Le(65535)]
@@ -35,3 +36,5 @@ class ServeSettings(Settings):
     """Budget of all requests that bring none, in million MAdds."""
     latency_ms: float | None = None
     """The same, as a latency in ms of batch 1."""
+    precision: str = FLOAT32
+    """As of `dsnet.load_bundle`."""

@@ -28,7 +28,7 @@ from orchestration.config.resolve import resolve_threads, supernet_space
 from orchestration.config.schedulers import check_scheduler
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
-from orchestration.pipeline.export import export_bundles, export_point_sets, link_knee
+from orchestration.pipeline.export import Formats, export_bundles, export_point_sets, link_knee
 from orchestration.pipeline.launch import (
     TRACKING_TIMEOUT_S,
     LaunchResult,
@@ -532,7 +532,8 @@ class _SupernetsLaunch:
         first = _prepared(next(iter(self.members.values())))
         write_supernets_report(results, first.notes(), "complete")
         prepared = {name: _prepared(member) for name, member in self.members.items()}
-        bundles = export_gates(results, self.config.export.picks, prepared, self.run.export_dir)
+        formats = Formats(self.config.export.formats, say=self.progress.say)
+        bundles = export_gates(results, self.config.export.picks, prepared, self.run.export_dir, formats)
         write_global_front(self.tracker, results)
         write_artifacts(self.tracker, self.run)
         if self.config.tracking.mlflow:
@@ -644,7 +645,11 @@ def _with_times(entry: MemberEntry, work: Launch) -> MemberEntry:
 
 
 def export_gates(
-    results: SupernetSweepResults, picks: Sequence[str], prepared: Mapping[str, Prepared], folder: Path
+    results: SupernetSweepResults,
+    picks: Sequence[str],
+    prepared: Mapping[str, Prepared],
+    folder: Path,
+    formats: Formats,
 ) -> list[Path]:
     """Write a bundle for each picked gate, in one folder per supernet; returns the bundles'
     folders.
@@ -658,6 +663,7 @@ def export_gates(
         picks: see `SupernetSweepResults.picked`; also `members` and `front`.
         prepared: data and layout of the supernets of these gates, and of `picked_supernets`.
         folder: receives the folders of the supernets.
+        formats: the formats of each bundle.
 
     Raises:
         NotFoundError: a pick selects nothing.
@@ -669,14 +675,16 @@ def export_gates(
         (name, slot): path
         for name, own in slots.items()
         for slot, path in zip(
-            own, export_bundles(prepared[name], results.supernets[name], own, folder / name), strict=True
+            own,
+            export_bundles(prepared[name], results.supernets[name], own, folder / name, formats),
+            strict=True,
         )
     }
     paths = list(bundles.values())
     sets = point_sets(picks)
     for name in picked_supernets(results, sets):
         own, front = results.supernets[name], results.front_slots[name]
-        paths += export_point_sets(prepared[name], own, sets, front, folder / name)
+        paths += export_point_sets(prepared[name], own, sets, front, folder / name, formats)
     knee = results.knee
     if knee is not None:
         link_knee(folder, folder / knee.supernet / trial_name(knee.slot))

@@ -487,7 +487,7 @@ def _points(
                 router=kinds[slot],
                 metrics=score_run(run, table),
                 top1=Interval(float(sample.top1[index]), float(low[index]), float(high[index])),
-                gain=_interval_at(scored.gain, index),
+                gain=interval_at(scored.gain, index),
                 gain_over_random=Interval(
                     float(chance.value[index]), float(chance.low[index]), float(chance.high[index])
                 ),
@@ -503,7 +503,7 @@ def _points(
                 ties=ties[slot],
                 histogram=_floats(run.histogram),
                 runs=_floats(run.runs),
-                over_widest=_interval_at(beside_widest, index),
+                over_widest=interval_at(beside_widest, index),
             )
         )
     return tuple(points)
@@ -573,7 +573,7 @@ def router_shares(controls: _SplitControls, contenders: Mapping[BudgetPick, Rout
             static_top1=_finite(scored.static[index]),
             oracle_top1=_finite(scored.oracle[index]),
             reachable_top1=_finite(scored.ceiling[index]),
-            gain=_interval_at(scored.gain, index),
+            gain=interval_at(scored.gain, index),
             share_of_oracle_gap=_finite(scored.oracle_share[index]),
             share_of_reachable_gap=_finite(scored.ceiling_share[index]),
             is_collapsed=bool(runs[index].histogram.max() > COLLAPSE_SHARE),
@@ -582,7 +582,7 @@ def router_shares(controls: _SplitControls, contenders: Mapping[BudgetPick, Rout
     )
 
 
-def _interval_at(gain: Gain, index: int) -> Interval | None:
+def interval_at(gain: Gain, index: int) -> Interval | None:
     """The gain of one point; None below the static line's first vertex."""
     found = Interval(float(gain.value[index]), float(gain.low[index]), float(gain.high[index]))
     return found if np.isfinite(found.value) else None

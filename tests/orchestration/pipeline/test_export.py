@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -20,9 +23,12 @@ from ruamel.yaml import YAML
 
 import dsnet
 from benchmarks.dynamic_inference import of_run
+from dsnet.deploy import int8
 from dsnet.deploy.bundle import NUM_EXAMPLES
+from dsnet.deploy.onnx_graphs import SegmentGraphs
 from dsnet.errors import ConfigError, NotFoundError
 from dsnet.routers.cascade import CascadeRouter
+from dsnet.routers.fixed import FixedRouter
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
@@ -30,10 +36,13 @@ from dsnet.training.supernet import FINAL
 from orchestration.commands.planning import prepare_again
 from orchestration.pipeline.claims import bundle_claims
 from orchestration.pipeline.export import CLEAR_LEAD, example_rows, link_knee, router_facts
+from orchestration.pipeline.int8_accuracy import BundleSource, further_static
 from orchestration.results.run import RunResults, picked_slots
+from orchestration.runs.folder import RunDir
+from search.front.controls import StaticLine
 from search.front.points import trial_name
 from tests.dsnet.samples import ROUTER_KINDS, random_router, random_table
-from tests.orchestration.samples import Finished, call, problems_of_message
+from tests.orchestration.samples import WITHOUT_MLFLOW, Finished, call, problems_of_message
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +248,154 @@ def test_a_bundle_needs_none_of_the_platforms(bundles: Path) -> None:
     path = next(bundles.iterdir())
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+EXPORTED: list[SegmentGraphs] = []
+"""The graphs in float32 of the bundle below, on which most of the time of its export is spent."""
+
+
+@pytest.fixture(scope="module")
+def in_int8(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sweep, whose launch again exported the knee in int8; only to be read."""
+    pytest.importorskip("onnxscript", reason="extra deploy is not installed")
+    folder = finished.copy(tmp_path_factory.mktemp("int8"))
+    formats = ("--set", "export={formats: [bundle, onnx_int8]}")
+    export = SegmentGraphs.of
+
+    def exported(*args: Any, **options: Any) -> SegmentGraphs:
+        EXPORTED.append(export(*args, **options))
+        return EXPORTED[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SegmentGraphs, "of", exported)
+        answer = call(folder, "launch", "tiny.yaml", *formats, *WITHOUT_MLFLOW)
+    assert answer.code == 0, answer.err
+    (knee,) = picked_slots(finished.results, ["knee"])
+    assert f"{trial_name(knee)} in int8" in re.sub(r"\s+", " ", answer.err + answer.out)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_accuracy_in_int8_is_that_of_the_int8_network_beside_its_own_controls(
+    finished: Finished, in_int8: Path
+) -> None:
+    path = in_int8 / "runs" / "tiny" / "export" / "knee"
+    content = json.loads((path / "onnx_int8" / "accuracy.json").read_text())
+    results = RunResults(RunDir(in_int8 / "runs", "tiny"))
+    prepared, (slot,) = prepare_again(results), picked_slots(results, ["knee"])
+    openings = [before.manifest["test_openings"] for before in (finished.results, results)]
+    assert openings[1] == openings[0] + 1, "test was read, and this is counted"
+    bundle, float32 = (dsnet.load_bundle(path, precision=precision) for precision in ("int8", "float32"))
+    (claims,) = content["points"].values()
+    assert set(claims) == {"val", "test"}
+    data = prepared.open_test()
+    for split, own in claims.items():
+        pixels, labels = data.images(split), data.labels(split).numpy()
+        answer, before = bundle(pixels), float32(pixels)
+        right, right_before = (each.classes.numpy() == labels for each in (answer, before))
+        assert own["num_images"] == len(labels)
+        assert own["top1"] == pytest.approx(right.mean())
+        assert own["madds_m"] == pytest.approx(answer.madds.numpy().mean() / 1e6)
+        assert own["float32_top1"] == pytest.approx(right_before.mean())
+        assert own["difference"] == pytest.approx(right.mean() - right_before.mean())
+        low, high = own["difference_interval"]
+        assert low <= own["difference"] <= high
+        error = (right.astype(float) - right_before).std() / len(labels) ** 0.5
+        assert high - low == pytest.approx(3.92 * error, abs=2.5 / len(labels))
+        assert own["same_route_share"] == pytest.approx(np.mean(answer.routes.numpy() == before.routes.numpy()))
+        static = {}
+        for route, name in enumerate(bundle.route_names):
+            alone = bundle.net.with_router(FixedRouter(route))(bundle.normalization.apply(pixels))
+            static[name] = (int(alone.madds[0]) / 1e6, float((alone.logits.argmax(1).numpy() == labels).mean()))
+        told = {row["name"]: (row["madds_m"], row["top1"]) for row in content["static"][split]}
+        np.testing.assert_allclose([told[name] for name in static], list(static.values()))
+        shares = np.bincount(answer.routes.numpy(), minlength=len(static)) / len(labels)
+        assert own["random_routing_top1"] == pytest.approx(shares @ [top1 for _, top1 in static.values()])
+        if split == "val":  # on which the line is chosen: the best mixture of any two at this cost
+            assert own["top1"] - own["gain_over_static"] == pytest.approx(_best_mixture(told.values(), own["madds_m"]))
+        assert own["other_route_when_grouped"] == own["other_class_when_grouped"] == 0
+        assert bundle.claims[split] == own
+    assert "latency" not in bundle.claims
+    assert slot == results.knee
+
+
+@pytest.mark.slow
+def test_static_sub_networks_that_a_bundle_does_not_have_are_quantised_as_its_own(in_int8: Path) -> None:
+    """They are on the static line of the run, which a line over the bundle's routes could
+    miss."""
+    results = RunResults(RunDir(in_int8 / "runs", "tiny"))
+    prepared = prepare_again(results)
+    val = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+    on_line = [val.routes[route] for route in StaticLine.fit(val.madds, val.correct1).vertices]
+    bundle = dsnet.load_bundle(in_int8 / "runs" / "tiny" / "export" / "knee", precision="int8")
+    without = replace(bundle, route_names=tuple(name for name in val.routes if name != on_line[-1]))
+    supernet, _ = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
+    source = BundleSource(prepared, results, supernet, {})
+    ((table,),) = further_static(source, without, prepared.data, val, ["val"]).values()
+    assert table.routes == (on_line[-1],)
+    accuracy = json.loads((bundle.graphs / "accuracy.json").read_text())
+    (told,) = (row["top1"] for row in accuracy["static"]["val"] if row["name"] == on_line[-1])
+    assert table.top1() == pytest.approx([told])
+    assert further_static(source, bundle, prepared.data, val, ["val"]) == {}
+
+
+def _best_mixture(points: Iterable[tuple[float, float]], budget: float) -> float:
+    """The highest mean top-1 of two points, mixed so that the mean cost is at most the budget."""
+    known, best = list(points), -1.0
+    for cost, top1 in known:
+        for other_cost, other in known:
+            if cost <= budget:
+                share = 1.0 if other_cost <= budget else (budget - cost) / (other_cost - cost)
+                best = max(best, (1 - share) * top1 + share * other, top1)
+    return best
+
+
+@pytest.mark.slow
+def test_a_bundle_in_int8_is_verified_and_predicts(in_int8: Path, tmp_path: Path) -> None:
+    path = in_int8 / "runs" / "tiny" / "export" / "knee"
+    answer = call(tmp_path, "verify", path, "--data")
+    assert answer.code == 0, answer.err
+    names = [line.split(":")[0].split(maxsplit=1)[1] for line in answer.out.splitlines()]
+    assert names == ["files", "examples", "onnx_int8", "val", "test", "val in int8", "test in int8"]
+    pixels = prepare_again(RunResults(RunDir(in_int8 / "runs", "tiny"))).data.images("val")[:1]
+    Image.fromarray(pixels[0, 0].numpy()).save(tmp_path / "scan.png")
+    (row,) = call(tmp_path, "predict", path, "scan.png", "--json", "--precision", "int8").json["predictions"]
+    expected = dsnet.load_bundle(path, precision="int8")(pixels)
+    assert row["probability"] == pytest.approx(float(expected.probabilities.max()), rel=1e-5)
+    answer = call(tmp_path, "predict", path, "scan.png", "--precision", "int7")
+    assert answer.code == ConfigError.exit_code
+    assert problems_of_message(answer, ["int7", "int8"]) == []
+
+    boasting = tmp_path / "boasting"
+    shutil.copytree(path, boasting)
+    file = boasting / "onnx_int8" / "accuracy.json"
+    content = json.loads(file.read_text())
+    (claims,) = content["points"].values()
+    claims["val"]["top1"] += 0.1
+    file.write_text(json.dumps({**content, "points": {"any name": claims}}))
+    assert call(tmp_path, "verify", boasting).code == 0
+    answer = call(tmp_path, "verify", boasting, "--data")
+    assert answer.code == 7
+    assert problems_of_message(answer, ["on val", "claims", "reaches"]) == []
+
+
+@pytest.mark.slow
+def test_an_accuracy_that_quantisation_destroys_is_told(
+    in_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibrated on black images, whose ranges no other image fits."""
+    monkeypatch.setattr(int8, "calibration_images", torch.zeros_like)
+    graphs = iter(EXPORTED)
+    monkeypatch.setattr(SegmentGraphs, "of", lambda *args, **options: next(graphs))
+    answer = call(in_int8, "export", "tiny", "--format", "onnx_int8", "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    content = json.loads((tmp_path / "knee" / "onnx_int8" / "accuracy.json").read_text())
+    (claims,) = content["points"].values()
+    assert claims["test"]["difference_interval"][1] < -0.2
+    said = re.sub(r"\s+", " ", answer.err)
+    assert f"in int8 loses accuracy: top-1 {100 * claims['test']['top1']:.1f} % on test" in said
+    assert f"difference {100 * claims['test']['difference']:+.1f} points" in said
+    assert "loses accuracy" in str(dsnet.load_bundle(tmp_path / "knee"))
 
 
 def test_predict_answers_photos_as_the_bundle_answers_the_data_and_names_what_it_cannot_read(

@@ -12,6 +12,8 @@ import torch
 from dsnet.deploy.bundle import Bundle, load_bundle
 from dsnet.errors import ConfigError, DataError, DsnetError, NotFoundError
 from orchestration.serving.requests import point_of, read_images
+from orchestration.serving.served_bundle import opened
+from orchestration.serving.settings import ServeSettings
 from tests.dsnet.samples import random_pixels
 from tests.orchestration.serving.samples import png, save_served
 
@@ -129,3 +131,9 @@ def test_a_query_that_no_point_fulfils_is_told_so(
 ) -> None:
     with pytest.raises(error, match=reason):
         point_of(query, bundle)
+
+
+def test_a_bundle_is_served_in_the_precision_that_was_asked_for(bundle: Bundle) -> None:
+    assert opened(bundle.path, ServeSettings()).precision == "float32"
+    with pytest.raises(ConfigError, match=r"precision int8: .* has no folder onnx_int8"):
+        opened(bundle.path, ServeSettings(precision="int8"))
