@@ -27,8 +27,12 @@ PositiveFraction = Annotated[float, Gt(0), Le(1)]
 FractionBelowOne = Annotated[float, Ge(0), Lt(1)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
-PositiveInt = Annotated[int, Ge(1)]
-NonNegativeInt = Annotated[int, Ge(0)]
+LARGEST_COUNT = 10**9
+"""Largest number of anything: far above any useful value; products of much larger ones overflow."""
+MAX_THREADS = 4096
+PositiveInt = Annotated[int, Ge(1), Le(LARGEST_COUNT)]
+NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST_COUNT)]
+NumThreads = Annotated[int, Ge(1), Le(MAX_THREADS)]
 LARGEST_RATE = 1e6
 """Largest learning rate and weight decay: far above any useful value; much larger ones overflow
 float32 in the optimiser."""
@@ -125,7 +129,7 @@ def check_value(key: str, value: object, wanted: Any) -> None:
     choices = _choices(base, bounds)
     if choices is not None:
         raise SettingError(f"{key} is {value!r}{way_out(str(value), choices)}")
-    allowed = _limits(bounds) if fits_type(value, base) else described(base)
+    allowed = _limits(bounds, value) if fits_type(value, base) else described(base)
     raise SettingError(f"{key} is {value!r}, but must be {allowed}{or_null}")
 
 
@@ -178,7 +182,9 @@ def _type_test(wanted: Any) -> Test:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63  # larger ones have no float
+    return isinstance(value, float) and math.isfinite(value)
 
 
 _COMPARISONS: Mapping[type, tuple[Callable[[Any, Any], bool], str]] = {
@@ -245,14 +251,17 @@ def _items(value: object, base: Any) -> Iterator[tuple[object, Any]]:
         yield from ((item, get_args(base)[0]) for item in value)
 
 
-def _limits(bounds: Sequence[Any]) -> str:
-    """Bounds in words, e.g. `at least 0 and below 1`."""
+def _limits(bounds: Sequence[Any], value: object = None) -> str:
+    """Bounds in words, e.g. `at least 0 and below 1`; `LARGEST_COUNT` only if the value is above
+    it."""
     shortest = [each.min_length for each in bounds if isinstance(each, MinLen)]
     longest = [each.max_length for each in bounds if isinstance(each, MaxLen)]
     if shortest or longest:
         fewest, most = max(shortest, default=0), min(longest, default=None)
         return f"a list of {_count(fewest, most)}"
-    limits = [(_COMPARISONS[type(each)][1], *astuple(each)) for each in bounds]
+    is_excessive = isinstance(value, int) and value > LARGEST_COUNT
+    named = [each for each in bounds if is_excessive or each != Le(LARGEST_COUNT)]
+    limits = [(_COMPARISONS[type(each)][1], *astuple(each)) for each in named]
     return " and ".join(
         f"{word} {limit:g}" if isinstance(limit, float) else f"{word} {limit}" for word, limit in limits
     )

@@ -13,10 +13,10 @@ from dsnet.settings import (
     Fraction,
     LearningRate,
     NonNegativeFloat,
-    NonNegativeInt,
     OneOf,
     PositiveFloat,
     PositiveInt,
+    Seed,
     Settings,
     WeightDecay,
 )
@@ -100,7 +100,7 @@ class GateSettings(Settings):
     argmax."""
     hidden_units: PositiveInt = 32
     """Hidden units of the perceptron, for the kinds that have one."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of a perceptron's initial weights, and of all that is random in end-to-end training. A
     linear head is initialised to zero."""
 

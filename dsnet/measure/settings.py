@@ -11,7 +11,7 @@ from annotated_types import MinLen
 
 from dsnet.deploy.engines import TORCH, engine_names, timing_engine
 from dsnet.metrics import DEVICE_NAME_PATTERN
-from dsnet.settings import Device, NonNegativeInt, OneOf, PositiveInt, SettingError, Settings, check_fields
+from dsnet.settings import Device, NonNegativeInt, NumThreads, OneOf, PositiveInt, SettingError, Settings, check_fields
 from dsnet.wording import shown
 
 MAIN_DEVICE = ""
@@ -54,7 +54,7 @@ class DeviceSettings:
 
     device: Device = "cpu"
     """`auto` is the CPU with every engine but torch."""
-    threads: PositiveInt = 1
+    threads: NumThreads = 1
     engine: EngineName = TORCH
 
 
@@ -65,7 +65,7 @@ class LatencySettings(Settings):
     SECTION = "measure"
 
     device: Device = "cpu"
-    threads: PositiveInt = 1
+    threads: NumThreads = 1
     engine: EngineName = TORCH
     devices: Mapping[str, DeviceSettings] = field(default_factory=dict)
     """Name -> further device; everything is timed on each of them as on the main one."""

@@ -159,6 +159,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+_MAX_CHOICES = 1000
+
+
 def _check_distribution(kind: Kind, values: tuple[Scalar, ...]) -> None:
     if kind == "fixed":
         _check_scalars(values, "a fixed value")
@@ -186,6 +189,10 @@ def _check_choices(values: tuple[Any, ...]) -> None:
             raise ValueError(f"a choice must be a number, text, true or false, or a list of these; got {shown(value)}")
     if not values:
         raise ValueError("choice has nothing to choose from")
+    if len(values) > _MAX_CHOICES:
+        raise ValueError(
+            f"choice has {len(values):,} values; it can have at most {_MAX_CHOICES:,}, and a range has no limit"
+        )
     for index, value in enumerate(values):
         if value in values[:index]:  # 1 == 1.0 == true: a study could not tell them apart
             raise ValueError(f"choice names {shown(value)} twice")

@@ -22,6 +22,7 @@ from dsnet.settings import (
     LearningRate,
     NonNegativeFloat,
     NonNegativeInt,
+    NumThreads,
     PositiveFloat,
     PositiveInt,
     WeightDecay,
@@ -120,7 +121,7 @@ class EndToEndConfig(Section):
     """Epochs over the split `gate`; replaces gate.optimizer.steps."""
     augment: bool = False
     """Apply data.augment to the images."""
-    threads: PositiveInt = 1
+    threads: NumThreads = 1
     """Torch threads and CPUs of a trial. Results depend on this number through rounding."""
 
 

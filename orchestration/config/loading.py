@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from dsnet.errors import ConfigError
 from dsnet.import_path import is_model_path
-from dsnet.wording import shown, way_out
+from dsnet.wording import plural, shown, way_out
 from orchestration.config.default_space import default_space
 from orchestration.config.first_release import first_release_settings
 from orchestration.config.presets import BUILT_IN_PRESETS, built_in_settings
@@ -36,6 +36,10 @@ from orchestration.config.yaml_source import KeyPath, YamlSource, parse_yaml, re
 DATA_VARIABLE = "DSNET_DATA"
 _USUAL_SIZES: Mapping[str, int] = {"digits": 8}
 """Image size, side in pixels, that is assumed if none is given; 32 for other data sets."""
+_MAX_PROBLEMS = 20
+"""Number of problems that a message lists."""
+_MAX_EXPLAINED = 500
+"""Number of errors of pydantic that are put into words, which takes a millisecond each."""
 _NAMES_WITH_OPTIONS: Mapping[str, str] = {"supernet": "model", "sampler": "name", "supernets": "scheduler"}
 """Key of the name to which the `options` of a section belong, by section."""
 _FIRST_RELEASE = "first release"
@@ -114,7 +118,7 @@ def load_source_text(
     others = [_preset_layer(source, presets, name, file_settings) for name in presets if name != preset]
     problems += _problems_of_presets(file_layer, others, known_models, environment)
     if problems or config is None:
-        raise ConfigError("\n".join(str(problem) for problem in _in_file_order(problems)))
+        raise ConfigError(_listed(_in_file_order(problems)))
     origins = _origins(config, stack)
     warnings = [*stack.notices, *config_warnings(config), *_unused_settings(config, origins)]
     return LoadedConfig(config, origins, tuple(presets), tuple(warnings))
@@ -158,6 +162,14 @@ class _Problem:
 
     def __str__(self) -> str:
         return self.text
+
+
+def _listed(problems: Sequence[_Problem]) -> str:
+    """The first problems, and how many more there are."""
+    lines = [str(problem) for problem in problems[:_MAX_PROBLEMS]]
+    num_more = len(problems) - len(lines)
+    more = "many more problems" if len(problems) >= _MAX_EXPLAINED else plural(num_more, "more problem")
+    return "\n".join([*lines, f"... and {more}"] if num_more else lines)
 
 
 def _in_file_order(problems: Iterable[_Problem]) -> list[_Problem]:
@@ -290,7 +302,8 @@ class _Stack:
             here = (*path, key)
             is_distribution = len(here) == 2 and here[0] == "space"
             if not isinstance(value, Mapping) or is_distribution:
-                self._disown(here)
+                if key in below:  # else nothing in it has an owner
+                    self._disown(here)
                 self.owners[here] = layer
                 below[key] = value
                 continue
@@ -334,8 +347,9 @@ def _checked(
     try:
         config = SweepConfig.model_validate(stack.settings)
     except ValidationError as error:
-        for details in _first_causes(error.errors(include_url=False)):
-            problems.extend(_explained(details, stack))
+        details = error.errors(include_url=False, include_context=True)
+        for each in _first_causes(details[:_MAX_EXPLAINED]):
+            problems.extend(_explained(each, stack))
         return None, problems
     if not problems and known_models is not None:
         problems += _option_problems(config, stack, known_models)

@@ -16,7 +16,7 @@ from dsnet.measure.settings import (
     engine_problem,
     sizes_problem,
 )
-from dsnet.settings import Device, NonNegativeInt, PositiveInt
+from dsnet.settings import Device, NonNegativeInt, NumThreads, PositiveInt
 from orchestration.config.section import FROM_LIST, BrokenRule, Known, Section, refuse
 
 Engine = Annotated[EngineName, Known(engine_names)]
@@ -27,7 +27,7 @@ class DeviceConfig(Section):
 
     device: Device = DeviceSettings.device
     """auto | cpu | cuda; auto = cuda if available and the engine is torch."""
-    threads: PositiveInt = DeviceSettings.threads
+    threads: NumThreads = DeviceSettings.threads
     """Threads during the measurement."""
     engine: Engine = DeviceSettings.engine
     """Inference engine, as measure.engine."""
@@ -43,7 +43,7 @@ class MeasureConfig(Section):
 
     device: Device = LatencySettings.device
     """auto | cpu | cuda; auto = cuda if available and the engine is torch."""
-    threads: PositiveInt = LatencySettings.threads
+    threads: NumThreads = LatencySettings.threads
     """Threads during the measurement."""
     engine: Engine = LatencySettings.engine
     """Inference engine: torch, or onnxruntime, which times ONNX graphs on the CPU."""

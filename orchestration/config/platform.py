@@ -8,7 +8,7 @@ from pydantic import (
     Field,
 )
 
-from dsnet.settings import PositiveFloat, PositiveInt
+from dsnet.settings import LARGEST_COUNT, PositiveFloat, PositiveInt
 from orchestration.config.section import Section, Text
 
 
@@ -19,7 +19,7 @@ class RayConfig(Section):
     """local = a private cluster on 127.0.0.1 for this run; else the address of a running one."""
     num_cpus: PositiveInt | None = None
     """Cores of the local cluster; null = all."""
-    object_store_mib: Annotated[int, Field(ge=75)] = 200
+    object_store_mib: Annotated[int, Field(ge=75, le=LARGEST_COUNT)] = 200
     """Shared memory in MiB, at least 75."""
     trial_actors: PositiveInt | None = None
     """Processes that run trials; null = one per core."""

@@ -21,6 +21,7 @@ from dsnet.settings import (
     LearningRate,
     NonNegativeFloat,
     NonNegativeInt,
+    NumThreads,
     PositiveFloat,
     PositiveInt,
     WeightDecay,
@@ -184,7 +185,7 @@ class SupernetConfig(Section):
     null = in-place bootstrapping (ib)."""
     workers: PositiveInt = 1
     """Workers that train the supernet; several are workers of Ray Train."""
-    threads: PositiveInt | None = None
+    threads: NumThreads | None = None
     """Torch threads per worker; null = cores // workers."""
     device: Device = "auto"
     """auto | cpu | cuda; auto = cuda if available."""

@@ -26,7 +26,11 @@ KeyPath = tuple[str | int, ...]
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
-_MAX_VALUES = 20_000  # a sweep has hundreds; aliases of aliases could ask for billions
+_MAX_VALUES = 10_000  # a sweep has hundreds; aliases of aliases could ask for billions
+_MAX_DEPTH = 30  # of brackets and of values; a sweep has about six
+_MAX_CHARACTERS = 250_000
+_MAX_DIGITS = 18  # of a whole number, which then fits into 64 bits
+_BRACKETS = re.compile(r"[\[\]{}]")
 _NO_YAML_1_1 = re.compile(r"^%YAML\s+1\.[01]\b", re.MULTILINE)
 
 
@@ -122,6 +126,9 @@ def parse_yaml(text: str, name: str) -> YamlSource:
         ConfigError: the text is not YAML, holds a key twice, or a tag that asks for more than plain
             data.
     """
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigError(f"{name}: has {len(text):,} characters; a sweep file has at most {_MAX_CHARACTERS:,}")
+    _check_depth(text, name)  # the library takes seconds for thousands of levels
     directive = _NO_YAML_1_1.search(text)
     if directive:
         line = text.count("\n", 0, directive.start()) + 1
@@ -133,6 +140,20 @@ def parse_yaml(text: str, name: str) -> YamlSource:
         raise ConfigError(f"{name}: is nested too deeply") from None
     except YAMLError as error:
         raise ConfigError(_broken(error, text, name)) from None
+
+
+def _check_depth(text: str, name: str) -> None:
+    """Refuse brackets in brackets, wherever they stand.
+
+    Raises:
+        ConfigError: there are more than `_MAX_DEPTH` levels.
+    """
+    depth = 0
+    for match in _BRACKETS.finditer(text):
+        depth += 1 if match[0] in "[{" else -1
+        if depth > _MAX_DEPTH:
+            line = text.count("\n", 0, match.start()) + 1
+            raise ConfigError(f"{name}:{line}: is nested too deeply: {_MAX_DEPTH} brackets are open; settings need few")
 
 
 def _broken(error: YAMLError, text: str, name: str) -> str:
@@ -181,6 +202,8 @@ class _Walk:
     def value(self, node: Node, path: KeyPath) -> object:
         self.values[path] = _position(node)
         self.num_values += 1
+        if len(path) > _MAX_DEPTH:
+            raise self.fail(node, f"is nested too deeply: below {_MAX_DEPTH} others; settings need few levels")
         if self.num_values > _MAX_VALUES:
             raise self.fail(node, f"holds more than {_MAX_VALUES:,} values once its aliases are written out")
         if isinstance(node, ScalarNode):
@@ -277,8 +300,10 @@ def _boolean(text: str) -> bool:
 
 
 def _integer(text: str) -> int:
+    digits = text.replace("_", "")
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"the number {text[:12]}... has more than {_MAX_DIGITS} digits; no setting needs so many")
     try:
-        digits = text.replace("_", "")
         return int(digits, 0 if digits.lstrip("+-")[:2].lower() in ("0x", "0o", "0b") else 10)
     except ValueError:
         raise ValueError(f"'{text[:40]}' is not a whole number that can be read") from None

@@ -549,6 +549,34 @@ def test_bad_input_is_pointed_at(sweep: Path, line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"budget: {{trials: {'9' * 400}}}", "5:18: the number 999999999999... has more than 18 digits"),
+        ("budget: {trials: 999999999999}", "5:18: budget.trials: must be at most 1000000000; got 999999999999"),
+        ("measure: {threads: 5000}", "5:20: measure.threads: must be at most 4096; got 5000"),
+        (f"measure: {{batch_sizes: {'[' * 5000}{']' * 5000}}}", "5: is nested too deeply"),
+        (f"measure: {{batch_sizes: [{'x, ' * 20_000}]}}", "holds more than 10,000 values"),
+        (f"space: {{gate.target: {{choice: {[number / 4096 for number in range(1001)]}}}}}", "can have at most 1,000"),
+        (f"name: {'x' * 300_000}", "characters; a sweep file has at most 250,000"),
+    ],
+    ids=["digits", "count", "threads", "depth", "values", "choices", "characters"],
+)
+def test_excessive_input_is_refused_with_a_short_message(sweep: Path, line: str, message: str) -> None:
+    section = line.partition(":")[0]
+    head = ["\n" if written.startswith(f"{section}:") else written for written in HEAD.splitlines(keepends=True)]
+    found = complaint(sweep, f"{''.join(head)}{line}\n")
+    assert message in found
+    assert len(found) < 300
+
+
+def test_of_many_problems_the_first_ones_are_listed(sweep: Path) -> None:
+    found = complaint(sweep, HEAD + "".join(f"unknown{number}: 1\n" for number in range(100))).splitlines()
+    assert len(found) == 21
+    assert found[-1] == "... and 80 more problems"
+    assert "unknown0" in found[0]
+
+
+@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("version: 1", "version: 2", "sweep.yaml:1:10: version: this release reads version 1; got 2"),
