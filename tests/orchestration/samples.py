@@ -168,10 +168,13 @@ def _all_pids() -> list[int]:
 
 
 class Listeners:
-    """Collects, in a thread, the addresses at which a command's processes listen while it runs."""
+    """Collects, in a thread, the addresses at which a command's processes listen while it runs, and
+    those to which they connect or try to: also an attempt that nobody answers, which lasts a second
+    or longer."""
 
     def __init__(self, command: Command, interval_s: float = 0.7) -> None:
         self.addresses: set[str] = set()
+        self.remotes: set[str] = set()
         self._command = command
         self._interval_s = interval_s
         self._is_over = threading.Event()
@@ -187,7 +190,9 @@ class Listeners:
     def _watch(self) -> None:
         while not self._is_over.wait(self._interval_s):
             inodes = {inode for pid in self._command.pids() for inode in _socket_inodes(pid)}
-            self.addresses |= {address for inode, address in _listening().items() if inode in inodes}
+            listening, connected = _sockets()
+            self.addresses |= {address for inode, address in listening.items() if inode in inodes}
+            self.remotes |= {address for inode, address in connected.items() if inode in inodes}
 
 
 def _socket_inodes(pid: int) -> set[str]:
@@ -201,16 +206,19 @@ def _socket_inodes(pid: int) -> set[str]:
     return inodes
 
 
-def _listening() -> dict[str, str]:
-    """Inode -> address of every listening TCP socket of the machine, as /proc writes it."""
-    sockets = {}
-    for table in ("tcp", "tcp6"):
+def _sockets() -> tuple[dict[str, str], dict[str, str]]:
+    """Inode -> address of every listening TCP socket of the machine, and the remote address of
+    every other socket that has one, as /proc writes them."""
+    listening, connected = {}, {}
+    for table in ("tcp", "tcp6", "udp", "udp6"):
         with suppress(OSError):
             for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
                 fields = line.split()
-                if fields[3] == "0A":
-                    sockets[fields[9]] = fields[1].partition(":")[0]
-    return sockets
+                if fields[3] == "0A" and table.startswith("tcp"):
+                    listening[fields[9]] = fields[1].partition(":")[0]
+                elif set(remote := fields[2].partition(":")[0]) != {"0"}:
+                    connected[fields[9]] = remote
+    return listening, connected
 
 
 AT_WORK = shutil.ignore_patterns("driver.lock", "mlflow.db-*")
@@ -228,6 +236,7 @@ class Finished:
     """Holds the sweep file and `runs/`; only to be read."""
     answer: Answer
     listeners: frozenset[str]
+    remotes: frozenset[str]
     left_behind: tuple[str, ...]
 
     @property
@@ -242,7 +251,11 @@ class Finished:
 
     def save(self, path: Path) -> None:
         """Write what the command answered, for other processes of the tests."""
-        facts = asdict(self) | {"folder": str(self.folder), "listeners": sorted(self.listeners)}
+        facts = asdict(self) | {
+            "folder": str(self.folder),
+            "listeners": sorted(self.listeners),
+            "remotes": sorted(self.remotes),
+        }
         path.write_text(json.dumps(facts), encoding="utf-8")
 
     @classmethod
@@ -250,7 +263,11 @@ class Finished:
         """See `save`."""
         facts = json.loads(path.read_text(encoding="utf-8"))
         return cls(
-            Path(facts["folder"]), Answer(**facts["answer"]), frozenset(facts["listeners"]), tuple(facts["left_behind"])
+            Path(facts["folder"]),
+            Answer(**facts["answer"]),
+            frozenset(facts["listeners"]),
+            frozenset(facts["remotes"]),
+            tuple(facts["left_behind"]),
         )
 
     def copy(self, folder: Path) -> Path:
@@ -271,7 +288,7 @@ def run_tiny_sweep(folder: Path) -> Finished:
     try:
         answer = command.wait()
         addresses = listeners.stop()
-        return Finished(folder, answer, addresses, tuple(command.left_behind()))
+        return Finished(folder, answer, addresses, frozenset(listeners.remotes), tuple(command.left_behind()))
     finally:
         listeners.stop()
         command.end()

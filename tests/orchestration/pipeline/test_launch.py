@@ -102,6 +102,8 @@ def test_the_front_and_the_way_to_everything_stand_on_stdout_and_progress_on_std
 def test_it_listens_on_the_loopback_only_and_leaves_no_process_behind(finished: Finished) -> None:
     assert finished.listeners, "Ray listens while a sweep runs; seeing nothing means that this test is blind"
     assert finished.listeners <= set(LOOPBACK)
+    assert finished.remotes, "its processes talk to each other"
+    assert finished.remotes <= set(LOOPBACK)
     assert finished.left_behind == ()
 
 

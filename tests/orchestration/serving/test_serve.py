@@ -226,6 +226,7 @@ def test_ctrl_c_ends_it_soon_and_completely_and_it_listened_on_localhost_only(se
     addresses = server.listeners.stop()
     assert addresses
     assert addresses <= LOCALHOST
+    assert server.listeners.remotes <= LOCALHOST
 
 
 def test_what_cannot_be_served_is_told_before_anything_starts(tmp_path: Path) -> None:
