@@ -43,7 +43,7 @@ from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Pre
 from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.families import rebuild
 from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
-from dsnet.network.precision import exact_float32
+from dsnet.network.precision import exact_float32, own_defaults
 from dsnet.network.supernet import Supernet, restrict, state_for_saving
 from dsnet.routers.base import Router
 from dsnet.routers.kinds import router_from_arrays
@@ -181,11 +181,26 @@ class Bundle:
         Raises:
             DsnetError: the images have another type or shape.
         """
+        if not isinstance(images, Tensor):
+            raise DsnetError(
+                f"the bundle takes a tensor of pixels, but got {type(images).__name__}; for files: bundle.predict(...)"
+            )
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
             raise DsnetError(
                 f"the bundle takes uint8 images [B, {', '.join(map(str, self.image_shape))}], "
                 f"but got {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
             )
+        if images.device.type != self.device.type:
+            raise DsnetError(
+                f"the bundle runs on {self.device}, but the images are on {images.device}; move them with "
+                f"images.to({str(self.device)!r}), or load the bundle with device={str(images.device)!r}"
+            )
+        if torch.is_autocast_enabled(images.device.type):  # a setting of the program around
+            with torch.autocast(images.device.type, enabled=False):
+                return self._classified(images)
+        return self._classified(images)
+
+    def _classified(self, images: Tensor) -> Predictions:
         output = self.net(self.normalization.apply(images))
         probabilities = output.logits.softmax(1)
         return Predictions(output.logits.argmax(1), probabilities, output.routes, output.madds)
@@ -471,6 +486,7 @@ def _swap(draft: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@own_defaults()
 def load_bundle(
     path: str | Path,
     *,

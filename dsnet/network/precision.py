@@ -1,4 +1,4 @@
-"""Full float32 precision, for routing tables, checks and claims."""
+"""Full float32 precision, for routing tables, checks and claims, and inside of other programs."""
 
 from __future__ import annotations
 
@@ -30,3 +30,21 @@ def exact_float32() -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul_before
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Context manager in which tensors are made in float32 on the CPU, whatever the program around
+    has set as default type and device. Also usable as a decorator.
+
+    The default type is one for all threads: it is changed, for the block, only where it is another.
+    """
+    before = torch.get_default_dtype()
+    try:
+        if before != torch.float32:
+            torch.set_default_dtype(torch.float32)
+        with torch.device("cpu"):
+            yield
+    finally:
+        if before != torch.float32:
+            torch.set_default_dtype(before)

@@ -43,7 +43,7 @@ class GateRouter:
 
     @cached_property
     def _route_ids(self) -> Tensor:
-        return torch.tensor(self.routes)
+        return torch.tensor(self.routes, device="cpu")  # whatever the default device is
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -82,7 +82,10 @@ class GatesRouter:
         node does not have."""
         found = []
         for branches in self.tree.gates:
-            firsts = [torch.full((branches.num_choices,), STOP, dtype=torch.int64) for _ in range(branches.num_nodes)]
+            firsts = [
+                torch.full((branches.num_choices,), STOP, dtype=torch.int64, device="cpu")
+                for _ in range(branches.num_nodes)
+            ]
             for node, first in enumerate(firsts):
                 for choice, column in branches.first_routes(node).items():
                     first[choice] = self.routes[column]

@@ -6,7 +6,8 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dsnet.deploy.bundle import (
     save_bundle,
     score_bundle,
 )
+from dsnet.deploy.engines import TORCH
 from dsnet.errors import CheckpointError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.files import file_sha256
 from dsnet.measure.evaluate import build_routing_table
@@ -530,3 +532,48 @@ def test_a_printed_bundle_is_five_lines_with_router_routes_input_claims_and_call
     assert "M MAdds" in lines[1]
     assert lines[3] == "claims  top-1 95.1 % [95 %: 93.0, 97.0] at 12.35 M MAdds a photo, on test (300 images)"
     assert "bundle.predict(" in lines[4]
+
+
+HOSTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_bundle_works_whatever_the_program_around_has_set(tmp_path: Path, host: str) -> None:
+    supernet = small_supernet()
+    folder = save(tmp_path / "bundle", supernet, router=gate(supernet))
+    pixels = random_pixels(6)
+    expected = load_bundle(folder, engine=TORCH)(pixels)
+    with HOSTS[host]():
+        found = load_bundle(folder, engine=TORCH)(pixels)
+    assert found.routes.tolist() == expected.routes.tolist()
+    assert torch.equal(found.probabilities, expected.probabilities)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_images_that_are_no_tensor_or_elsewhere_are_refused(tmp_path: Path) -> None:
+    supernet = small_supernet()
+    bundle = load_bundle(save(tmp_path / "bundle", supernet, router=gate(supernet)))
+    message = r"takes a tensor of pixels, but got str; for files: bundle\.predict"
+    with unchecked_shapes(), pytest.raises(DsnetError, match=message):
+        bundle("photo.jpg")  # type: ignore[arg-type]
+    with pytest.raises(
+        DsnetError, match=r"runs on cpu, but the images are on meta; move them with images\.to\('cpu'\)"
+    ):
+        bundle(random_pixels(2).to("meta"))
