@@ -17,6 +17,8 @@ MLFLOW_ARTIFACTS = "mlruns-artifacts"
 KNEE = "knee"
 """Name of the link to the bundle of the front's knee, beside the bundles: a path that is known
 before the run."""
+CURVES = "curves.jsonl"
+"""Name of the file with the loss curves of a supernet."""
 KEY_CHARACTERS = 12
 """Number of characters of a stage key in the name of its folder."""
 
@@ -155,7 +157,7 @@ class RunDir:
         return self.path / stage / key[:KEY_CHARACTERS]
 
     def curves_jsonl(self, key: str) -> Path:
-        return self.stage_dir("supernet", key) / "curves.jsonl"
+        return self.stage_dir("supernet", key) / CURVES
 
     def subnets_json(self, key: str) -> Path:
         return self.stage_dir("measure", key) / "subnets.json"

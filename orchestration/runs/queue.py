@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.errors import CheckpointError, PreflightError
-from dsnet.files import exclusive
+from dsnet.files import exclusive, parse_json
 from orchestration.runs.manifest import now_iso
 from search.suggest.space import Scalar
 
@@ -67,8 +67,8 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
 
 def _point(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        point = json.loads(line)
-    except ValueError as error:
+        point = parse_json(line, f"{path}, line {number},")
+    except CheckpointError as error:
         raise CheckpointError(
             f"{path}, line {number}: not a point ({error}); the file was edited. Restore the line, or write "
             '{"params": {}} in its place: lines are counted, and none may be missing'

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, percent, router_name, significant
-from dsnet.files import read_json
+from dsnet.files import read_stored
 from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.structure.stage import BASES
 from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
-from orchestration.config.loading import load_config
 from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.exported import exported_bundles
 from orchestration.results.measured import MeasuredSubnet, static_metrics
 from orchestration.results.report import front_info, headline, training_notes
 from orchestration.results.run import RunResults
+from orchestration.results.stored_config import stored_config
 from orchestration.results.supernet_facts import SupernetFacts, resolved_settings
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.runs.folder import RUN_NAME, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import canonical_settings
 from orchestration.tracking.background import MlflowTracker
 from orchestration.tracking.note import attach_front
@@ -40,8 +41,12 @@ def store_uri(config: SweepConfig, run: RunDir) -> str:
     A member of a sweep of supernets is tracked with that sweep, at the sweep's present location.
     """
     whole = whole_sweep(run)
-    uri = config.tracking.uri if whole is run else load_config(whole.sweep_yaml).config.tracking.uri
+    uri = config.tracking.uri if whole is run else _config_of(whole).tracking.uri
     return uri or mlflow_store_uri(whole.root)
+
+
+def _config_of(run: RunDir) -> SweepConfig:
+    return stored_config(run, Manifest(run.manifest_path).read())
 
 
 def whole_sweep(run: RunDir) -> RunDir:
@@ -206,7 +211,7 @@ def write_structure(tracker: Tracker, results: RunResults) -> None:
     if folder is None:
         return
     for meta in sorted((folder / BASES).glob(f"*/{FINAL}.json")):
-        training = SupernetRun.from_json(read_json(meta)["run"])
+        training = read_stored(meta, lambda content: SupernetRun.from_json(content["run"]))
         for is_done in (False, True):
             row = base_row(results.manifest, results.run, meta.parent.name, training, is_done=is_done)
             tracker.supernet(row)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsnet.errors import CheckpointError
+from dsnet.files import parse_json
 
 FateState = Literal["trained", "stopped", "failed"]
 _STATES = ("trained", "stopped", "failed")
@@ -138,10 +139,10 @@ class Ledger:
 
     def _parsed(self, line: bytes, number: int) -> Report | End:
         try:
-            fields = json.loads(line)
+            fields = parse_json(line, "it")
             kind = {"report": Report, "end": End}[fields.pop("event")]
             event: Report | End = kind(**fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (CheckpointError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.path}: line {number} is no report of a supernet ({error}); the file was edited. "
                 "Restore it, or remove it; the scheduler then decides again"

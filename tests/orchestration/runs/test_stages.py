@@ -240,16 +240,26 @@ def test_an_interrupted_repair_is_not_taken_for_the_old_result(run: RunDir) -> N
 def test_a_changed_byte_is_found_by_its_hash(run: RunDir) -> None:
     run_all(run, [SUPERNET])
     folder = plan_stages(run, [SUPERNET])[0].folder
-    folder.check_hashes()
+    folder.check()
     assert set(folder.outputs()) == {"result.json", "checkpoint/weights.safetensors"}
     weights = folder.outputs()["checkpoint/weights.safetensors"]
     weights.write_text(weights.read_text().replace("made", "Made"))
-    assert folder.is_done(), "the size is the same"
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors differs"):
-        folder.check_hashes()
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors differs .* launch again"):
-        run_all(run, [SUPERNET, TABLE])  # a stage that would read it does not begin
-    assert not plan_stages(run, [SUPERNET, TABLE])[1].folder.path.exists()
+    assert not folder.is_done(), "although the size is the same"
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors has another SHA-256 .* launch the sweep again"):
+        folder.check()
+    assert run_all(run, [SUPERNET, TABLE]) == ["supernet", "table"], "before the stage that reads it"
+    kept = weights.with_name("weights.safetensors.damaged-1")
+    assert kept.read_text() == "Made by supernet"
+    assert weights.read_text() == "made by supernet"
+
+
+def test_a_stage_does_not_begin_on_a_damaged_output_of_another(run: RunDir) -> None:
+    run_all(run, [SUPERNET])
+    plans = plan_stages(run, [SUPERNET, TABLE])
+    (plans[0].folder.path / "result.json").write_text("Made by supernet")
+    with pytest.raises(CheckpointError, match=r"result\.json has another SHA-256"):
+        run_stage(run, plans[1], write_result)
+    assert not plans[1].folder.path.exists()
 
 
 def test_a_stage_that_did_not_write_what_it_said_is_not_done(run: RunDir) -> None:
