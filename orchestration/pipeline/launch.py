@@ -118,6 +118,10 @@ def write_facts(prepared: Prepared, run: RunDir, warn: Callable[[str], None]) ->
     """Write the run's own files: resolved configuration, manifest, splits; set damaged files of its
     stages aside, each with a warning, so that the launch makes them again."""
     manifest = Manifest(run.manifest_path)
+    if run.sweep_yaml.is_file() and not run.manifest_path.exists():
+        warn(
+            f"{run.manifest_path} is missing and is written again; how often test was read before is not known any more"
+        )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     manifest.create(seed=prepared.config.seed, hardware=describe_hardware(gpu))
     images, splits = prepared.image_set, prepared.splits

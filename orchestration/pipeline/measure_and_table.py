@@ -28,6 +28,7 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
 
     def measure(folder: Path) -> Sequence[Path]:
         intact = plan.folder.intact_outputs()  # where others were damaged
+        has_trials = plan.status == "resume" and bool(work.results.records)
         supernet.to(resolve_device(work.config.supernet.device))
         with work.progress.bar(Task("measure: accuracy", len(subnets.all), "sub-network")) as bar:
 
@@ -45,6 +46,11 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
             outputs.append(folder / latency_file(name))
             if latency_file(name) in intact:
                 continue
+            if has_trials:
+                work.progress.warn(
+                    f"measure: {latency_file(name)} was lost and is timed again; the latencies of the trials, and what the search "
+                    "made of them, are of the first timing"
+                )
             with work.progress.bar(Task(f"measure: latency {name}".rstrip(), settings.num_rounds, "round")) as bar:
                 latency = measure_latency(
                     supernet,

@@ -117,7 +117,7 @@ class RunResults:
             return False
         folder = self._folder(stage)
         record = folder.record()
-        if record is None and folder.path.is_dir():
+        if record is None and folder.path.is_dir() and self.manifest["stages"][stage]["status"] == "done":
             raise CheckpointError(
                 f"{folder.stage_json} is missing; restore it, or launch the sweep again, which writes it again"
             )

@@ -8,7 +8,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from dsnet.errors import ConfigError, NotFoundError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
 from dsnet.wording import did_you_mean
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -71,8 +71,14 @@ class RunDir:
 
         Raises:
             NotFoundError: It does not; the message lists the runs that do.
+            CheckpointError: Its manifest is missing.
         """
         if not self.manifest_path.is_file():
+            if self.sweep_yaml.is_file():
+                raise CheckpointError(
+                    f"{self.manifest_path} is missing; restore it, or launch the sweep again: its stages are found again, but how "
+                    "often test was read is not known any more"
+                )
             known = list_runs(self.root)
             hint = did_you_mean(self.name, known)
             listed = f"runs there: {', '.join(known)}" if known else "there are no runs there"

@@ -473,7 +473,7 @@ def mend_stages(run: RunDir) -> list[str]:
     for name, entry in manifest.read()["stages"].items():
         folder = StageDir(run.stage_dir(name, entry["key"]))
         told += folder.mend()
-        if entry["status"] == "done" and not folder.is_done():
+        if entry["status"] == "done" and not (folder.is_done() and folder.stage_json.exists()):
             manifest.record_stage(name, {**entry, "status": "running", "seconds": None})
     return told
 

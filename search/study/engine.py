@@ -285,8 +285,8 @@ class Search:
         return record
 
     def rerun(self, records: Sequence[TrialRecord]) -> Generator[tuple[TrialRecord, TrialOutcome], None, None]:
-        """Run recorded trials again from their start, with their own seeds, because their arrays were
-        lost; the study does not change. Yields each record with its outcome, as they come."""
+        """Run recorded trials again from their start, with their own seeds; the study does not
+        change. Yields each record with its outcome, as they come."""
         by_slot = {record.slot: record for record in records}
         with closing(self.runner.run(self._specs(by_slot))) as outcomes:
             for outcome in outcomes:
