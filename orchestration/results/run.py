@@ -105,8 +105,14 @@ class RunResults:
                 "restore it, or launch the sweep again"
             )
         folder.check()
+        return self._is_marked(stage)
+
+    def _is_marked(self, stage: str) -> bool:
+        """Whether a current stage and all its ancestors have finished and no launch has set a file
+        of them aside; their files are checked by whoever reads them."""
+        folder = self._folder(stage)
         record = folder.record()
-        return folder.is_marked() and record is not None and all(map(self.is_done, record.parent_keys))
+        return folder.is_marked() and record is not None and all(map(self._is_marked, record.parent_keys))
 
     def _folder(self, stage: str) -> StageDir:
         return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))
@@ -409,8 +415,8 @@ class RunResults:
             return None
         try:
             verified = Verified.from_json(read_object(self.run.verify_json(self.done_key("verify"))))
-        except (KeyError, TypeError):  # another release wrote it: the next launch verifies again
-            return None
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return None  # another release wrote it: the next launch verifies again
         is_current = verified.front == self.front_sample and verified.contenders == self.contenders
         return self._with_newest_latencies(verified) if is_current else None
 

@@ -115,16 +115,13 @@ def test_a_launch_makes_damaged_files_again_and_keeps_them(
     finished: Finished, right: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = finished.copy(tmp_path)
-    run, knee = folder / RUN, finished.results.knee
-    assert knee is not None
+    run = folder / RUN
     named = {
         "measure/*/subnets.json": CORRUPTIONS["flipped"],
         "table/*/val.safetensors": CORRUPTIONS["halved"],
         "table/*/stage.json": CORRUPTIONS["latin"],
-        "table/*/sealed/test.safetensors": CORRUPTIONS["flipped"],
         "search/*/study.journal": CORRUPTIONS["halved"],
         "search/*/gates/slot-00000.safetensors": CORRUPTIONS["flipped"],
-        "verify/*/verify.json": CORRUPTIONS["deep"],
     }
     files = {file_named(folder, pattern): corruption for pattern, corruption in named.items()}
     latency = (run / file_named(folder, "measure/*/latency.json")).read_bytes()
@@ -136,7 +133,8 @@ def test_a_launch_makes_damaged_files_again_and_keeps_them(
     for command in ("status", "pareto", "export"):
         answer = call(folder, *READ_ONLY[command])
         assert answer.code == 3
-        assert problems(folder, command, answer, None, Path("damaged-1")) == [] or ".json" in answer.err
+        assert any(str(run / file) in answer.err for file in files)
+        assert "internal error" not in answer.err
     assert snapshot(run) == before, "commands that only read change nothing"
 
     answer = call(folder, *LAUNCH)

@@ -1,4 +1,4 @@
-"""A study that was cut or edited is noticed by the chain beside its journal; a kill is no damage."""
+"""A journal that was cut or edited is noticed by the chain beside it; a kill is no damage."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from dsnet.errors import CheckpointError
 from dsnet.files import file_sha256
 from search.study.journal_chain import ChainWriter, chain_path, check_journal, journal_state, mend_journal
 from search.study.study import StudyJournal, TrialRecord, has_study, load_records
-from tests.search.study.samples import essence, study_settings, sweep
+from tests.search.study.samples import HEADER_LINES, essence, study_settings, sweep
 
 NUM_TRIALS = 10
-HEADER_LINES = 3
 
 
 @pytest.fixture(scope="module")
