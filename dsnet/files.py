@@ -111,9 +111,13 @@ def read_stored(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
 
 
 @contextmanager
-def understood(path: Path) -> Iterator[None]:
+def understood(path: Path, way_out: str = "delete it and launch again") -> Iterator[None]:
     """Context manager for code that reads stored values; it turns the errors of values that are
     missing or of another form into one that names the file.
+
+    Args:
+        path: the file that holds the values.
+        way_out: what to do if it cannot be restored, as the end of a sentence.
 
     Raises:
         CheckpointError: The values of the file are not those that this release writes.
@@ -123,7 +127,7 @@ def understood(path: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, ConfigError) as error:
         raise CheckpointError(
             f"{path} does not hold what this release writes there ({type(error).__name__}: {error}): it is damaged, was "
-            "edited, or is of another release. Restore it, or delete it and launch again."
+            f"edited, or is of another release. Restore it, or {way_out}."
         ) from error
 
 

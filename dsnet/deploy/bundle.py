@@ -472,7 +472,7 @@ def load_bundle(
     graphs, on_cpu = path / onnx_files.FOLDER, torch.device(device).type == "cpu"
     chosen = chosen_engine(engine, (graphs / onnx_files.LISTING).is_file(), on_cpu)
     manifest = _read_manifest(path)
-    with understood(path / MANIFEST):
+    with understood(path / MANIFEST, "export it again"):
         return _assemble(path, manifest, _Loading(graphs, chosen, device, threads, cut_weights, fold_bn))
 
 
@@ -617,7 +617,7 @@ def stored_parts(path: Path) -> StoredParts:
         CheckpointError: a file is missing or damaged.
     """
     manifest = _read_manifest(path)
-    with understood(path / MANIFEST):
+    with understood(path / MANIFEST, "export it again"):
         supernet, weights = _stored_supernet(path, manifest)
         return StoredParts(
             supernet,

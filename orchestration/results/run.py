@@ -37,7 +37,7 @@ from orchestration.results.verified import DynamicLatency, Verified
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.queue import read_queue
-from orchestration.runs.stages import StageDir
+from orchestration.runs.stages import StageDir, check_origins
 from search.front.analysis import BudgetPick, budget_picks, front_slots, pickable, spread_along_front
 from search.front.pareto import REFERENCE_MARGIN, apply_pick, parse_pick
 from search.front.points import PointRow, control_points, gate_points, subnet_points, trial_name
@@ -105,7 +105,10 @@ class RunResults:
                 "restore it, or launch the sweep again"
             )
         folder.check()
-        return self._is_marked(stage)
+        is_done = self._is_marked(stage)
+        if is_done:
+            check_origins(self.run, folder)
+        return is_done
 
     def _is_marked(self, stage: str) -> bool:
         """Whether a current stage and all its ancestors have finished and no launch has set a file

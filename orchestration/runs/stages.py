@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,9 @@ class StageRecord:
     status: str = "running"
     started_at: str = ""
     num_starts: int = 0
+    made_from: dict[str, str] = field(default_factory=dict)
+    """For each stage above, a SHA-256 of the weights or tables from which the result was made;
+    empty in records of earlier releases."""
 
 
 @dataclass(frozen=True)
@@ -325,6 +328,11 @@ class StageDir:
         write_sealed(self.done_marker, content)
         return told
 
+    def tensors_sha256(self) -> str | None:
+        """SHA-256 over those of all tensor files among the outputs; None if there are none."""
+        files = {name: facts["sha256"] for name, facts in self._marked_files().items() if name.endswith(".safetensors")}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest() if files else None
+
     def recorded_sha256(self, name: str) -> str | None:
         """The recorded SHA-256 of an output; None if the stage is not done or the record cannot be
         read."""
@@ -491,6 +499,7 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
         The stage's folder, done.
     """
     if plan.is_done:
+        check_origins(run, plan.folder)
         record_done(run, plan)
         return plan.folder
     begin_stage(run, plan)
@@ -498,6 +507,37 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
     outputs = work(plan.folder.path)
     finish_stage(run, plan, outputs, time.monotonic() - clock_start)
     return plan.folder
+
+
+def check_origins(run: RunDir, folder: StageDir) -> None:
+    """Compare the weights and tables above a stage with those from which it was made: a damaged
+    supernet that was trained again may have other bits on a GPU, or on another processor.
+
+    Raises:
+        CheckpointError: they differ; the message names the folders to delete.
+    """
+    record = folder.record()
+    if record is None:
+        return
+    now = _origins(run, record)
+    for name, sha256 in record.made_from.items():
+        if name in now and now[name] != sha256:
+            raise CheckpointError(
+                f"{folder.path}: was made from other files than the {name} stage has now; that stage was made again, with other "
+                f"bits, on this machine. Restore the {name} stage from a copy, or delete {folder.path} and launch again."
+            )
+
+
+def _origins(run: RunDir, record: StageRecord) -> dict[str, str]:
+    """SHA-256 of the weights and tables of all stages above one that are complete."""
+    origins = {}
+    for name, key in record.parent_keys.items():
+        parent = StageDir(run.stage_dir(name, key))
+        above = parent.record()
+        origins |= {} if above is None else _origins(run, above)
+        sha256 = parent.tensors_sha256() if parent.is_marked() else None
+        origins |= {} if sha256 is None else {name: sha256}
+    return origins
 
 
 def begin_stage(run: RunDir, plan: StagePlan) -> None:
@@ -509,7 +549,8 @@ def begin_stage(run: RunDir, plan: StagePlan) -> None:
     """
     for parent, key in plan.record.parent_keys.items():
         StageDir(run.stage_dir(parent, key)).check()
-    started = plan.folder.begin(plan.record)
+    check_origins(run, plan.folder)
+    started = plan.folder.begin(replace(plan.record, made_from=_origins(run, plan.record)))
     Manifest(run.manifest_path).record_stage(plan.name, _manifest_entry(run, plan, "running", started.started_at, None))
 
 

@@ -109,17 +109,23 @@ def die_in_slot(path: Path, slot: int, where: str) -> None:
         if where in ("keep", "torn"):
             die()
 
-    def catch_up(chain: ChainWriter) -> None:
-        """End after the record of the journal was written, before its entry in the chain or within
-        it."""
-        if path.read_bytes().count(b"\n") - HEADER_LINES == slot + 1:
-            if where == "torn chain":
-                with chain_path(path).open("ab") as file:
-                    file.write(b"12 0a1b2c")
-            die()
-        whole_entry(chain)
-
-    whole_entry = ChainWriter.catch_up
-    if where in ("chain", "torn chain"):
-        ChainWriter.catch_up = catch_up  # type: ignore[method-assign]
+    _die_in_chain(path, slot, where)
     sweep(path, TRIALS_IN_KILLS, function=run, save_arrays=keep)
+
+
+def _die_in_chain(path: Path, slot: int, where: str) -> None:
+    """End when the journal has the record of `slot`, before its entry in the chain or within it."""
+    if "chain" not in where:
+        return
+    whole_entry = ChainWriter.catch_up
+
+    def catch_up(chain: ChainWriter) -> None:
+        if path.read_bytes().count(b"\n") - HEADER_LINES < slot + 1:
+            whole_entry(chain)
+            return
+        if where == "torn chain":
+            with chain_path(path).open("ab") as file:
+                file.write(b"12 0a1b2c")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    ChainWriter.catch_up = catch_up  # type: ignore[method-assign] # this process ends soon
