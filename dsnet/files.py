@@ -11,6 +11,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -166,28 +167,45 @@ def own_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Like `atomic_write_json`, for an object; its own SHA-256 is added, by which `read_sealed`
-    notices a change."""
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The object as JSON, with its own SHA-256 added, by which `unsealed` notices a change."""
     plain = json.loads(json.dumps(content, allow_nan=False, default=plain_value))  # keys as they are read again
-    atomic_write_json(path, {**plain, OWN_SHA256: own_digest(plain)})
+    return {**plain, OWN_SHA256: own_digest(plain)}
+
+
+def unsealed(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An object of `sealed` without its SHA-256; one of an earlier release, which has none, is taken
+    as it is.
+
+    Args:
+        content: the stored object.
+        where: the beginning of the message: the file, and the line if it has several objects.
+
+    Raises:
+        CheckpointError: The object has changed since it was stored.
+    """
+    plain = dict(content)
+    recorded = plain.pop(OWN_SHA256, None)
+    if recorded is not None and recorded != own_digest(plain):
+        raise CheckpointError(
+            f"{where} has changed since it was written (its own SHA-256 differs): it is damaged or was edited. Restore it, "
+            "or delete it and launch again."
+        )
+    return plain
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Like `atomic_write_json`, for an object, with its own SHA-256 (`sealed`)."""
+    atomic_write_json(path, sealed(content))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The object that `write_sealed` stored, without its SHA-256; one that was stored without a
-    SHA-256, by an earlier release, is taken as it is.
+    """The object that `write_sealed` stored; see `unsealed`.
 
     Raises:
         CheckpointError: as `read_object`, or the object has changed since it was written.
     """
-    content = read_object(path)
-    recorded = content.pop(OWN_SHA256, None)
-    if recorded is not None and recorded != own_digest(content):
-        raise CheckpointError(
-            f"{path} has changed since it was written (its own SHA-256 differs): it is damaged or was edited. Restore it, "
-            "or delete it and launch again."
-        )
-    return content
+    return unsealed(read_object(path), str(path))
 
 
 @contextmanager
@@ -237,9 +255,6 @@ def file_sha256(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-_known_hashes: dict[tuple[str, int, int, int], str] = {}
-
-
 def known_sha256(path: Path) -> str:
     """Like `file_sha256`, but a file is read once per process: again only when its size, its
     modification time or the file itself has changed.
@@ -251,10 +266,13 @@ def known_sha256(path: Path) -> str:
         facts = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    seen = (str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
-    if seen not in _known_hashes:
-        _known_hashes[seen] = file_sha256(path)
-    return _known_hashes[seen]
+    return _sha256_of(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+@lru_cache(maxsize=100_000)
+def _sha256_of(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    """SHA-256 of the file that has these facts."""
+    return file_sha256(path)
 
 
 def set_aside(path: Path) -> Path:

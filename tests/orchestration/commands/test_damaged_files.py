@@ -200,7 +200,7 @@ def test_a_line_of_the_curves_that_was_torn_by_a_kill_is_left_out(
     assert "curves.jsonl, line 1, is not valid JSON (nested too deeply)" in answer.err
 
 
-def test_a_run_on_a_file_system_that_cannot_be_written_is_read(finished: Finished, tmp_path: Path) -> None:
+def test_commands_that_show_a_run_write_nothing(finished: Finished, tmp_path: Path) -> None:
     folder = finished.copy(tmp_path)
     before = snapshot(folder)
     for command in ("status", "pareto"):
