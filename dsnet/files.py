@@ -174,8 +174,8 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """An object of `sealed` without its SHA-256; one of an earlier release, which has none, is taken
-    as it is.
+    """An object of `sealed` without its SHA-256; one of an earlier release, which has none, is
+    taken as it is.
 
     Args:
         content: the stored object.
