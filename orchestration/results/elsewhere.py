@@ -84,12 +84,12 @@ def stored_timings(results: RunResults) -> list[TimedElsewhere]:
     """
     found = []
     for path in sorted(results.run.elsewhere_dir(results.done_key("supernet")).glob("*.json")):
-        data = read_sealed(path)
         try:
+            data = read_sealed(path)
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']!r}, but this release reads {VERSION}")
             found.append(TimedElsewhere.from_json(data))
-        except (KeyError, TypeError, ValueError) as error:
+        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: no complete timing ({error!r}); delete it, and measure that device again"
             ) from error

@@ -530,7 +530,7 @@ def check_origins(run: RunDir, folder: StageDir) -> None:
 
 def _origins(run: RunDir, record: StageRecord) -> dict[str, str]:
     """SHA-256 of the weights and tables of all stages above one that are complete."""
-    origins = {}
+    origins: dict[str, str] = {}
     for name, key in record.parent_keys.items():
         parent = StageDir(run.stage_dir(name, key))
         above = parent.record()

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from dsnet.files import atomic_write_json, read_json
 from orchestration.commands.steering import changed_point, extended
 from orchestration.config.resolve import resolve_cohort, resolve_trials
 from orchestration.pipeline.search import trials_left
@@ -182,7 +181,8 @@ def test_a_grid_that_is_at_its_end_goes_on_for_a_point_that_was_enqueued(finishe
     config = results_in(folder).config
     plan = next(plan for plan in plan_stages(run, stage_definitions(prepare(config))) if plan.name == "search")
     path = run.search_end_json(plan.key)
-    atomic_write_json(path, {**read_json(path), "reason": "space"})
+    write_end(path, replace(read_end(path), reason="space"))
+    StageDir(path.parent).finish([path, run.study_journal(plan.key)], 1.0)
     assert trials_left(run, plan, config) == 0
     answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.3")
     assert "in the next launch" in answer.out
