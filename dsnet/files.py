@@ -1,4 +1,4 @@
-"""Atomic writing of files, hashes, and a lock on folders. Needs no torch."""
+"""Atomic writing of files, reading of stored JSON, hashes, and a lock on folders; without torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
-from dsnet.errors import CheckpointError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, PreflightError
+
+T = TypeVar("T")
+OWN_SHA256: Final = "sha256"
+"""Key under which a sealed JSON file holds the SHA-256 of its other values."""
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -49,22 +55,157 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False, default=plain_value) + "\n")
 
 
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The JSON value in a stored text.
+
+    Args:
+        text: the text, or its bytes in UTF-8.
+        where: the beginning of the message: the file, and the line if it has several values.
+
+    Raises:
+        CheckpointError: The text is not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except ValueError as error:
+        reason = str(error)
+    except RecursionError:
+        reason = "nested too deeply"
+    raise CheckpointError(
+        f"{where} is not valid JSON ({reason}): it is incomplete or was edited. Restore it, or delete it and launch again."
+    )
+
+
 def read_json(path: Path) -> Any:
     """The JSON value stored in `path`.
 
     Raises:
         CheckpointError: The file is missing, unreadable or incomplete.
     """
+    return parse_json(_stored_bytes(path), str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object stored in `path`.
+
+    Raises:
+        CheckpointError: as `read_json`, or it holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} does not hold a JSON object, but {type(content).__name__}: it was edited. Restore it, or delete it "
+            "and launch again."
+        )
+    return content
+
+
+def read_stored(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """The object stored in `path`, in the form that `parse` gives it.
+
+    Raises:
+        CheckpointError: as `read_object`, or `parse` does not understand the content.
+    """
+    content = read_object(path)
+    with understood(path):
+        return parse(content)
+
+
+@contextmanager
+def understood(path: Path, way_out: str = "delete it and launch again") -> Iterator[None]:
+    """Context manager for code that reads stored values; it turns the errors of values that are
+    missing or of another form into one that names the file.
+
+    Args:
+        path: the file that holds the values.
+        way_out: what to do if it cannot be restored, as the end of a sentence.
+
+    Raises:
+        CheckpointError: The values of the file are not those that this release writes.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} does not hold what this release writes there ({type(error).__name__}: {error}): it is damaged, was "
+            f"edited, or is of another release. Restore it, or {way_out}."
+        ) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file with one per line, which may still be written; an incomplete last
+    line is left out. Empty if there is no file.
+
+    Raises:
+        CheckpointError: The file cannot be read, or a complete line is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    text = _stored_bytes(path)
+    lines = []
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+        value = parse_json(line, f"{path}, line {number},")
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}, line {number} is not a JSON object: it was edited. Restore the file.")
+        lines.append(value)
+    return lines
+
+
+def _stored_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; launch the sweep again, or restore the file.") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+
+
+def own_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the values of a JSON object without the digest itself, in hex."""
+    values = {name: value for name, value in content.items() if name != OWN_SHA256}
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=plain_value)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The object as JSON, with its own SHA-256 added, by which `unsealed` notices a change."""
+    plain = json.loads(json.dumps(content, allow_nan=False, default=plain_value))  # keys as they are read again
+    return {**plain, OWN_SHA256: own_digest(plain)}
+
+
+def unsealed(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An object of `sealed` without its SHA-256; one of an earlier release, which has none, is
+    taken as it is.
+
+    Args:
+        content: the stored object.
+        where: the beginning of the message: the file, and the line if it has several objects.
+
+    Raises:
+        CheckpointError: The object has changed since it was stored.
+    """
+    plain = dict(content)
+    recorded = plain.pop(OWN_SHA256, None)
+    if recorded is not None and recorded != own_digest(plain):
         raise CheckpointError(
-            f"{path} is not valid JSON ({error}): it is incomplete or was edited. Restore it, or delete it and launch again."
-        ) from error
+            f"{where} has changed since it was written (its own SHA-256 differs): it is damaged or was edited. Restore it, "
+            "or delete it and launch again."
+        )
+    return plain
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Like `atomic_write_json`, for an object, with its own SHA-256 (`sealed`)."""
+    atomic_write_json(path, sealed(content))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object that `write_sealed` stored; see `unsealed`.
+
+    Raises:
+        CheckpointError: as `read_object`, or the object has changed since it was written.
+    """
+    return unsealed(read_object(path), str(path))
 
 
 @contextmanager
@@ -112,6 +253,46 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def known_sha256(path: Path) -> str:
+    """Like `file_sha256`, but a file is read once per process: again only when its size, its
+    modification time or the file itself has changed.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    return _sha256_of(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+@lru_cache(maxsize=100_000)
+def _sha256_of(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    """SHA-256 of the file that has these facts."""
+    return file_sha256(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to `NAME.damaged-1`, or the next free number; returns the new path.
+
+    Raises:
+        CheckpointError: It cannot be renamed.
+    """
+    kept = damaged_name(path)
+    try:
+        path.rename(kept)
+    except OSError as error:
+        raise CheckpointError(f"cannot rename {path} to {kept.name}: {error.strerror}.") from error
+    return kept
+
+
+def damaged_name(path: Path) -> Path:
+    """The path under which a damaged file is kept: the first free `NAME.damaged-N`."""
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def plain_value(value: Any) -> Any:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dsnet.errors import CheckpointError
-from dsnet.files import atomic_write_json, read_json
+from dsnet.files import read_sealed, write_sealed
 from dsnet.wording import duration, plural
 from orchestration.wrapping import wrapped
 
@@ -203,7 +203,7 @@ def read_task_state(path: Path) -> TaskState | None:
     if not path.is_file():
         return None
     try:
-        return TaskState(**read_json(path))
+        return TaskState(**read_sealed(path))
     except (CheckpointError, TypeError):
         return None
 
@@ -226,7 +226,7 @@ class _FiledBar:
 
     def write(self, done: float, left_s: float | None) -> None:
         state = TaskState(self._task.title, self._task.unit, done, self._task.total, left_s)
-        atomic_write_json(self._path, asdict(state))
+        write_sealed(self._path, asdict(state))
 
 
 class FiledProgress:

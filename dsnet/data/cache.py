@@ -69,7 +69,16 @@ def _read(path: Path) -> ImageSet | None:
         image_set = ImageSet.create(
             metadata["name"], tensors["images"], tensors["labels"], metadata["class_names"], is_test
         )
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         _log.info("the cached images in %s cannot be read and are decoded again: %s", path, error)
         return None
     if image_set.fingerprint != metadata.get("fingerprint"):

@@ -10,8 +10,6 @@ router; one with several operating points holds the weights once, and a router f
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +40,7 @@ from dsnet.deploy.precisions import (
 from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
 from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.families import rebuild
-from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
+from dsnet.files import atomic_write_json, file_sha256, own_digest, read_object, understood
 from dsnet.network.precision import exact_float32, own_defaults
 from dsnet.network.supernet import Supernet, restrict, state_for_saving
 from dsnet.routers.base import Router
@@ -58,6 +56,8 @@ SCHEMA_VERSION = 1
 EXAMPLES = "examples.safetensors"
 """Name of the file of the examples."""
 NUM_EXAMPLES = 16
+MAX_SIDE = 16_384
+"""Largest height and width of a bundle's images in pixels."""
 LOGIT_TOLERANCE = 1e-4
 """Largest accepted difference to a stored logit, relative to the largest stored one: processors
 differ in the order of sums."""
@@ -468,14 +468,7 @@ def _write_files(
     (draft / "gate.yaml").write_text(gate_yaml, encoding="utf-8")
     files["gate.yaml"] = file_sha256(draft / "gate.yaml")
     manifest = {**manifest, "files": files}
-    atomic_write_json(draft / MANIFEST, {**manifest, "sha256": _manifest_digest(manifest)})
-
-
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's values without the digest itself."""
-    values = {name: value for name, value in manifest.items() if name != "sha256"}
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=plain_value)
-    return hashlib.sha256(text.encode()).hexdigest()
+    atomic_write_json(draft / MANIFEST, {**manifest, "sha256": own_digest(manifest)})
 
 
 def _swap(draft: Path, folder: Path) -> None:
@@ -531,28 +524,52 @@ def load_bundle(
             f"precision {precision} needs an inference engine on the CPU, such as engine='{graph_engines()[0].name}' "
             f"({graph_engines()[0].install}); torch runs {FLOAT32} alone"
         )
+    manifest = _read_manifest(path)
+    with understood(path / MANIFEST, "export it again"):
+        return _assemble(path, manifest, _Loading(graphs, chosen, precision, device, threads, cut_weights, fold_bn))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a bundle.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another version.
+    """
     if not (path / MANIFEST).is_file():
         raise CheckpointError(
             f"{path}: no bundle here (no {MANIFEST}); make one with `dsnet-orch export RUN --pick knee`"
         )
-    manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict):
-        raise CheckpointError(
-            f"{path / MANIFEST}: is not a JSON object, so it does not describe a bundle; export it again"
-        )
+    manifest = read_object(path / MANIFEST)
     if manifest.get("kind") != "dsnet-bundle" or manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{path / MANIFEST}: kind {manifest.get('kind')!r}, schema version {manifest.get('schema_version')!r}; "
             f"this release reads 'dsnet-bundle' {SCHEMA_VERSION}"
         )
-    if manifest.get("sha256") != _manifest_digest(manifest):
+    if manifest.get("sha256") != own_digest(manifest):
         raise CheckpointError(f"{path / MANIFEST}: was edited or damaged (its own SHA-256 differs); export it again")
-    try:
-        return _assemble(path, manifest, _Loading(graphs, chosen, precision, device, threads, cut_weights, fold_bn))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    return manifest
+
+
+def _image_shape(path: Path, manifest: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(channels, height, width) of the images, at most `MAX_SIDE` high and wide.
+
+    Raises:
+        CheckpointError: the manifest has another shape than its network can take.
+    """
+    shape = manifest["image_shape"]
+    is_possible = (
+        len(shape) == 3
+        and all(type(number) is int for number in shape)
+        and shape[0] == manifest["spec"]["in_channels"]
+        and all(1 <= side <= MAX_SIDE for side in shape[1:])
+    )
+    if not is_possible:
         raise CheckpointError(
-            f"{path / MANIFEST}: incomplete or inconsistent ({type(error).__name__}: {error}); export it again"
-        ) from error
+            f"{path / MANIFEST}: image_shape is {str(shape)[:100]}, but must be the {manifest['spec']['in_channels']} channels of "
+            f"the network, height and width, each in 1..{MAX_SIDE}; export the bundle again"
+        )
+    channels, height, width = shape
+    return channels, height, width
 
 
 class _Loading(NamedTuple):
@@ -575,7 +592,7 @@ def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bun
     if loading.precision != FLOAT32:
         accuracy = read_accuracy(loading.graphs)
         points = tuple(with_own_claims(point, accuracy) for point in points)
-    channels, height, width = manifest["image_shape"]
+    channels, height, width = _image_shape(path, manifest)
     segments = None
     if loading.engine is not None:
         threads = loading.threads or torch.get_num_threads()
@@ -658,16 +675,16 @@ def stored_parts(path: Path) -> StoredParts:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    manifest = read_json(path / MANIFEST)
-    supernet, weights = _stored_supernet(path, manifest)
-    channels, height, width = manifest["image_shape"]
-    return StoredParts(
-        supernet,
-        _points(path, manifest, weights),
-        Normalization.from_json(manifest["normalization"]),
-        (channels, height, width),
-        PhotoDecoder.from_json(manifest["photos"]) if "photos" in manifest else None,
-    )
+    manifest = _read_manifest(path)
+    with understood(path / MANIFEST, "export it again"):
+        supernet, weights = _stored_supernet(path, manifest)
+        return StoredParts(
+            supernet,
+            _points(path, manifest, weights),
+            Normalization.from_json(manifest["normalization"]),
+            _image_shape(path, manifest),
+            PhotoDecoder.from_json(manifest["photos"]) if "photos" in manifest else None,
+        )
 
 
 def write_onnx(path: Path, folder: Path) -> None:
@@ -721,7 +738,7 @@ def bundle_with_graphs(path: Path, graphs: Path, engine: Engine, precision: str 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    return _assemble(path, read_json(path / MANIFEST), _Loading(graphs, engine, precision))
+    return _assemble(path, _read_manifest(path), _Loading(graphs, engine, precision))
 
 
 def check_bundle_files(bundle: Bundle) -> None:
@@ -758,22 +775,24 @@ def stored_examples(bundle: Bundle) -> Iterator[Examples]:
         VerificationError: those of a point are not stored.
     """
     stored = _tensors_of(bundle.path, bundle.manifest, EXAMPLES)
-    images = stored["images"]
     if bundle.precision != FLOAT32:
         stored = {**stored, **read_answers(bundle.graphs)}
     points = bundle.manifest.get("points")
-    if points is None:
-        (point,) = bundle.operating_points
-        yield Examples(point.name, images, stored["routes"], stored["logits"])
-        return
-    for number, entry in enumerate(points):
-        prefix = prefix_of(number)
+    names = [bundle.operating_points[0].name] if points is None else [entry["name"] for entry in points]
+    images = stored.get("images")
+    if images is None or tuple(images.shape[1:]) != bundle.image_shape:
+        held = "no images" if images is None else f"images of the shape {list(images.shape[1:])}"
+        raise VerificationError(
+            f"{bundle.path / EXAMPLES}: holds {held}, but the bundle takes {list(bundle.image_shape)}; export the bundle again"
+        )
+    for number, name in enumerate(names):
+        prefix = "" if points is None else prefix_of(number)
         if f"{prefix}routes" not in stored or f"{prefix}logits" not in stored:
             raise VerificationError(
-                f"{bundle.path}: operating point {entry['name']}: no routes and logits of the examples are stored; export the "
+                f"{bundle.path}: operating point {name}: no routes and logits of the examples are stored; export the "
                 "bundle again"
             )
-        yield Examples(entry["name"], images, stored[f"{prefix}routes"], stored[f"{prefix}logits"])
+        yield Examples(name, images, stored[f"{prefix}routes"], stored[f"{prefix}logits"])
 
 
 @exact_float32()

@@ -24,7 +24,7 @@ from torch import Tensor
 from dsnet.deploy.engines import Graph
 from dsnet.deploy.segments import Entry, EntryOutput, run_rest
 from dsnet.errors import CheckpointError
-from dsnet.files import atomic_write_json, file_sha256, read_json
+from dsnet.files import atomic_write_json, file_sha256, read_object, understood
 from dsnet.routers.base import Router
 from dsnet.space.route_tree import RouteTree
 
@@ -244,11 +244,13 @@ def _run_entry(graph: TensorCall, after: int | None, images: Tensor) -> EntryOut
 def _listing(folder: Path) -> Mapping[str, Any]:
     """The list of graphs, whose files are compared with their hashes."""
     path = folder / LISTING
-    listing: Mapping[str, Any] = read_json(path)
+    listing = read_object(path)
     if listing.get("version") != VERSION:
         raise CheckpointError(f"{path}: version {listing.get('version')!r}, but this release reads {VERSION}")
-    for name, own in listing["graphs"].items():
+    with understood(path):
+        recorded = {name: str(own["sha256"]) for name, own in listing["graphs"].items()}
+    for name, sha256 in recorded.items():
         file = folder / f"{name}.onnx"
-        if not file.is_file() or file_sha256(file) != own["sha256"]:
+        if not file.is_file() or file_sha256(file) != sha256:
             raise CheckpointError(f"{file}: missing, or not the file that was exported; export the bundle again")
     return listing

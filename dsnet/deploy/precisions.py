@@ -19,7 +19,7 @@ from dsnet.deploy import onnx_files
 from dsnet.deploy.layout import FLOAT32, INT8
 from dsnet.deploy.operating_points import ORIGIN_CLAIM, SHARED_CLAIM, OperatingPoint
 from dsnet.errors import CheckpointError, ConfigError, VerificationError
-from dsnet.files import atomic_write_json, file_sha256, read_json
+from dsnet.files import atomic_write_json, file_sha256, read_object
 from dsnet.stored.checkpoint import load_tensors, save_tensors
 from dsnet.wording import way_out
 
@@ -72,7 +72,7 @@ def read_accuracy(folder: Path) -> Mapping[str, Any]:
     """
     if not (folder / ACCURACY).is_file():
         return {}
-    content: Mapping[str, Any] = read_json(folder / ACCURACY)
+    content: Mapping[str, Any] = read_object(folder / ACCURACY)
     if content.get("graphs_sha256") != file_sha256(folder / onnx_files.LISTING):
         raise CheckpointError(f"{folder / ACCURACY}: was measured with other graphs than those beside it; export again")
     return content
@@ -86,7 +86,7 @@ def store_answers(folder: Path, answers: Mapping[str, Shaped[Tensor, "*_"]]) -> 
         folder: with the graphs.
         answers: `routes` and `logits` of each operating point, with its prefix.
     """
-    listing = read_json(folder / onnx_files.LISTING)
+    listing = read_object(folder / onnx_files.LISTING)
     atomic_write_json(folder / onnx_files.LISTING, {**listing, "answers": save_tensors(folder / ANSWERS, answers)})
 
 
@@ -96,7 +96,7 @@ def read_answers(folder: Path) -> Mapping[str, Shaped[Tensor, "*_"]]:
     Raises:
         CheckpointError: the file is missing, or is not the one that was exported.
     """
-    return load_tensors(folder / ANSWERS, read_json(folder / onnx_files.LISTING)["answers"])
+    return load_tensors(folder / ANSWERS, read_object(folder / onnx_files.LISTING)["answers"])
 
 
 def compare_rounded(

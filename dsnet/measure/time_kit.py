@@ -65,7 +65,7 @@ def read_kit(folder: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             kit = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise KitError(f"{path} cannot be read ({error}); copy the whole kit again") from error
     if not isinstance(kit, dict) or kit.get("version") != KIT_VERSION:
         raise KitError(f"{path} is not of version {KIT_VERSION}; export the kit again")

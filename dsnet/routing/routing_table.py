@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dsnet.errors import CheckpointError
-from dsnet.files import replacing
+from dsnet.files import parse_json, replacing
 from dsnet.space.route_tree import RouteTree
 
 SCHEMA_VERSION = 2
@@ -219,12 +219,12 @@ class RoutingTable:
             raise CheckpointError(f"{path}: no such routing table")
         try:
             with safe_open(path, framework="numpy") as stored:
-                meta = json.loads((stored.metadata() or {})["routing_table"])
+                meta = parse_json((stored.metadata() or {})["routing_table"], str(path))
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
             if meta["sha256"] != _digest(arrays):
                 raise ValueError("its arrays do not match the hash stored with them")
             return cls.from_arrays(arrays, meta)
-        except (SafetensorError, OSError, ValueError, KeyError, CheckpointError) as error:
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, CheckpointError) as error:
             raise CheckpointError(
                 f"{path}: cannot be read as a routing table ({error}); delete its stage folder and launch again"
             ) from error

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError
-from dsnet.files import atomic_write_json, file_sha256, read_json
+from dsnet.files import atomic_write_json, file_sha256, known_sha256, read_json
 from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.stored.checkpoint import STRUCTURE
 from dsnet.training.supernet import FINAL
@@ -47,7 +47,6 @@ class OutputFolder:
         self.supernet = path / "supernet"
         self.measure = path / "measure"
         self.table = path / "table"
-        self._hashes: dict[tuple[str, int, int], str] = {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -229,14 +228,8 @@ class OutputFolder:
         atomic_write_json(self.manifest_path, manifest)
 
     def _is_whole(self, path: Path, facts: Mapping[str, Any]) -> bool:
-        """Whether a file is as recorded; its hash is computed again only if size or modification
-        time changed."""
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            return False
-        seen = (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-        if seen not in self._hashes:
-            self._hashes[seen] = file_sha256(path)
-        return self._hashes[seen] == facts["sha256"]
+        """Whether a file is as recorded."""
+        return path.is_file() and path.stat().st_size == facts["bytes"] and known_sha256(path) == facts["sha256"]
 
     def _parent(self, stage: str) -> str | None:
         """The stage whose weights a stage reads; None for the first."""

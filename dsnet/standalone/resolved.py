@@ -12,7 +12,8 @@ from typing import Any
 from dsnet.data.normalization import Normalization
 from dsnet.data.settings import DataSettings, DescribedImages
 from dsnet.dotted import flatten
-from dsnet.errors import ConfigError
+from dsnet.errors import CheckpointError, ConfigError
+from dsnet.files import read_json
 from dsnet.measure.settings import LatencySettings, without_default_engines
 from dsnet.settings import DEFAULT_SEED, Seed, SettingError, Settings
 from dsnet.strict_json import read_strictly
@@ -125,8 +126,8 @@ def read_config(path: Path) -> StandaloneConfig:
         ConfigError: the file is missing, is not JSON, or its content is invalid.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = read_json(path)
+    except CheckpointError as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
     try:
         return StandaloneConfig.from_json(data)

@@ -319,7 +319,7 @@ def _whole_lines(path: Path) -> list[Mapping[str, Any]]:
     lines: list[Mapping[str, Any]] = []
     for number, line in enumerate(whole.splitlines(), start=1):
         read = None
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             read = json.loads(line)
         if not isinstance(read, dict):
             raise CheckpointError(f"{path}, line {number}: is no JSON object; remove the file to search anew")

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsnet.data.normalization import Normalization
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task, get_family, layout, rebuild
-from dsnet.files import read_json
+from dsnet.files import read_object
 from dsnet.finite import check_finite
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
@@ -148,7 +148,7 @@ def _recorded_folder(folder: Path) -> str | None:
     if not (folder / _MANIFEST).is_file():
         return None
     try:
-        recorded = read_json(folder / _MANIFEST)["stages"]["supernet"]["dir"]
+        recorded = read_object(folder / _MANIFEST)["stages"]["supernet"]["dir"]
     except (KeyError, TypeError):
         return None
     return recorded if isinstance(recorded, str) else None

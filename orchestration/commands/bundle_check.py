@@ -23,7 +23,6 @@ from dsnet.deploy.precisions import graphs_folder
 from dsnet.errors import DataError, NotFoundError, VerificationError
 from dsnet.space.cost import subnet_cost
 from orchestration.config.command_lines import command_line, has_own_code
-from orchestration.config.loading import load_config
 from orchestration.results.exported import outdated_part
 from orchestration.runs.folder import RunDir
 from orchestration.supernets.results import results_at
@@ -112,7 +111,7 @@ def _folder_of_the_run(bundle: Path) -> str:
     """The image folder of the sweep, if the bundle is still in the folder of the run that made it;
     else empty."""
     folder = _run_around(bundle)
-    return "" if folder is None else load_config(folder / "sweep.yaml").config.data.path or ""
+    return "" if folder is None else results_at(RunDir(folder.parent, folder.name)).config.data.path or ""
 
 
 def _run_around(bundle: Path) -> Path | None:

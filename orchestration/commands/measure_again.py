@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsnet.files import atomic_write_json
+from dsnet.files import write_sealed
 from dsnet.measure.latency import LatencyTable, measure_latency
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_supernet
@@ -15,15 +15,13 @@ from orchestration.commands.planning import prepare_again, report_again
 from orchestration.config.resolve import conditions
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.agreement import time_front
+from orchestration.pipeline.search import LATENCY
 from orchestration.prepare.preparation import Prepared, latency_settings
 from orchestration.progress import ProgressView, Task
 from orchestration.results.run import RunResults
 from orchestration.results.verified import DynamicLatency
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import now_iso
-
-LATENCY = "latency_ms"
-"""Prefix of the names of latency metrics."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def measure_again(results: RunResults, progress: ProgressView) -> MeasuredAgain:
             "tables": {name: table.to_json() for name, table in tables.items()},
             "front": {name: latency.to_json() for name, latency in front.items()},
         }
-        atomic_write_json(run.timed_again_json(key), content)
+        write_sealed(run.timed_again_json(key), content)
     results.refresh()
     report_again(results)
     return MeasuredAgain(results.latencies, results.newest_latencies, front, study_sentence(results.config, run.name))

@@ -143,10 +143,10 @@ def result_warnings(results: Results) -> list[str]:
     """Warnings about gates that a static sub-network dominates, and about bundles of earlier
     settings."""
     from orchestration.results.dominated import dominated_warnings
-    from orchestration.results.exported import outdated_warning
+    from orchestration.results.exported import damaged_warning, outdated_warning
 
-    outdated = outdated_warning(results)
-    return [*dominated_warnings(results), *(() if outdated is None else (outdated,))]
+    of_bundles = (outdated_warning(results), damaged_warning(results))
+    return [*dominated_warnings(results), *(text for text in of_bundles if text is not None)]
 
 
 def show_launch(results: RunResults, bundles: Sequence[Path]) -> None:

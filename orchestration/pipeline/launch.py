@@ -14,18 +14,17 @@ import torch
 
 from dsnet.data.splits import SPLIT_NAMES
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
-from dsnet.files import atomic_write_text
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.sweep import SweepConfig
-from orchestration.config.written import to_yaml
 from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import Formats, export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
-from orchestration.pipeline.search import refuse_impossible_layout, search_stage, trials_left
+from orchestration.pipeline.mending import mend_run, mend_search
+from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import supernet_stage
 from orchestration.pipeline.verify import verify_stage
@@ -35,6 +34,7 @@ from orchestration.progress import FiledProgress, ProgressView
 from orchestration.results.protocol import Results
 from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
+from orchestration.results.stored_config import store_config
 from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest, describe_hardware
@@ -106,7 +106,7 @@ def launch(
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         run.clear_stop()
         with stop(run) as request:
-            manifest = write_facts(prepared, run)
+            manifest = write_facts(prepared, run, progress.warn)
             tracker = make_tracker(config, run, progress.warn)
             results = RunResults(run, config)
             work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request)
@@ -114,9 +114,14 @@ def launch(
                 return _run_stages(work)
 
 
-def write_facts(prepared: Prepared, run: RunDir) -> Manifest:
-    """Write the run's own files: resolved configuration, manifest, splits."""
+def write_facts(prepared: Prepared, run: RunDir, warn: Callable[[str], None]) -> Manifest:
+    """Write the run's own files: resolved configuration, manifest, splits; set damaged files of its
+    stages aside, each with a warning, so that the launch makes them again."""
     manifest = Manifest(run.manifest_path)
+    if run.sweep_yaml.is_file() and not run.manifest_path.exists():
+        warn(
+            f"{run.manifest_path} is missing and is written again; how often test was read before is not known any more"
+        )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     manifest.create(seed=prepared.config.seed, hardware=describe_hardware(gpu))
     images, splits = prepared.image_set, prepared.splits
@@ -131,8 +136,10 @@ def write_facts(prepared: Prepared, run: RunDir) -> Manifest:
             "num_images": {name: len(splits[name]) for name in SPLIT_NAMES},
         },
     )
-    atomic_write_text(run.sweep_yaml, to_yaml(prepared.config))
+    store_config(run, manifest, prepared.config)
     write_splits(run.splits_json, prepared.splits)
+    for text in mend_run(run):
+        warn(text)
     return manifest
 
 
@@ -193,7 +200,7 @@ def _run_stages(work: Launch) -> LaunchResult:
     prepared = work.prepared
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     supersede_others(work, plans)
-    needs_ray = not plans["supernet"].is_done or trials_left(run, plans["search"], config) > 0
+    needs_ray = not plans["supernet"].is_done or needs_workers(run, plans["search"], config)
     with ray_where_needed(needs_ray, config, work.prepared, work.progress):
         if prepared.structure is not None:
             work = structure_stage(work, plans["structure"])
@@ -229,6 +236,8 @@ def stage_plans(work: Launch) -> dict[str, StagePlan]:
     """Plan the stages, after taking over those that `supernet.init_from` has finished already."""
     definitions = stage_definitions(work.prepared)
     plans = {plan.name: plan for plan in plan_stages(work.run, definitions)}
+    for text in mend_search(work.run, plans["search"].key):  # of an earlier configuration that is used again
+        work.progress.warn(text)
     adoption = work.prepared.adoption
     if adoption is None or not (taken := adopt(work.run, plans, adoption)):
         return plans

@@ -27,6 +27,8 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
     data, subnets, size = work.prepared.data, work.prepared.subnets, work.prepared.image_size
 
     def measure(folder: Path) -> Sequence[Path]:
+        intact = plan.folder.intact_outputs()  # where others were damaged
+        has_trials = plan.status == "resume" and bool(work.results.records)
         supernet.to(resolve_device(work.config.supernet.device))
         with work.progress.bar(Task("measure: accuracy", len(subnets.all), "sub-network")) as bar:
 
@@ -41,6 +43,14 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
         outputs.append(folder / TRAIN_SAMPLE_FILE)
         atomic_write_json(outputs[-1], sample_training_images(supernet, images, work.prepared.normalization))
         for name, settings in latency_settings(work.config).items():
+            outputs.append(folder / latency_file(name))
+            if latency_file(name) in intact:
+                continue
+            if has_trials:
+                work.progress.warn(
+                    f"measure: {latency_file(name)} was lost and is timed again; the latencies of the trials, and what the search "
+                    "made of them, are of the first timing"
+                )
             with work.progress.bar(Task(f"measure: latency {name}".rstrip(), settings.num_rounds, "round")) as bar:
                 latency = measure_latency(
                     supernet,
@@ -49,7 +59,6 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
                     lambda done, total, bar=bar: bar.update(done),  # type: ignore[misc]
                     before_each=work.check_stop,
                 )
-            outputs.append(folder / latency_file(name))
             atomic_write_json(outputs[-1], latency.to_json())
         supernet.cpu()
         return outputs

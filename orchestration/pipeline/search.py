@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -11,12 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from dsnet.data.settings import Augmentation
-from dsnet.errors import NothingFeasibleError, StoppedError
-from dsnet.files import atomic_write_bytes, atomic_write_json, read_json
+from dsnet.errors import CheckpointError, NothingFeasibleError, StoppedError
+from dsnet.files import atomic_write_bytes, set_aside
 from dsnet.gates.end_to_end import GateImages
 from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.settings import MAIN_DEVICE
@@ -40,7 +40,8 @@ from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import Prepared
 from orchestration.prepare.reach import layout_ranges, spoken_reach
 from orchestration.progress import Bar, Task
-from orchestration.results.run import RunResults
+from orchestration.results.run import RunResults, load_router
+from orchestration.results.search_end import SearchEnd, read_end, write_end
 from orchestration.runs.folder import RunDir
 from orchestration.runs.queue import read_queue
 from orchestration.runs.stages import StagePlan, canonical_settings
@@ -53,13 +54,16 @@ from search.conditions.constraints import BASELINE, ConstraintSet
 from search.front.points import trial_name
 from search.gate_check import Finding, GateCheck
 from search.study.engine import Budget, Search
+from search.study.runner import TrialOutcome
 from search.study.stopping import Plateau, StopRules
-from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
+from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord, has_study, load_records
 from search.suggest.samplers import SamplerSettings
 from search.suggest.space import parse_space
 
 FOUND_ENOUGH = ("plateau", "target", "space")
 """Reasons for which a search ends for good although the budget has trials left."""
+LATENCY = "latency_ms"
+"""Prefix of the names of latency metrics."""
 RULE_OFF = {"plateau": ("--set", "budget.plateau=null"), "target": ("--set", "budget.target=[]")}
 """Option and value that remove a stop rule, by the reason for which the rule ends a search."""
 
@@ -68,20 +72,42 @@ def trials_left(run: RunDir, plan: StagePlan, config: SweepConfig) -> int:
     """Number of trials that the budget still asks for; 0 if the search ended before under the same
     stop rules."""
     journal = run.study_journal(plan.key)
-    records = load_records(journal) if journal.exists() else []
+    records = load_records(journal) if has_study(journal) else []
     if _has_found_enough(run, plan, config, len(records)):
         return 0
     return max(0, resolve_trials(config) - len(records))
+
+
+def needs_workers(run: RunDir, plan: StagePlan, config: SweepConfig) -> bool:
+    """Whether a search has trials to run: further ones, or those whose gates were lost."""
+    return trials_left(run, plan, config) > 0 or bool(trials_without_gate(run, plan))
+
+
+def trials_without_gate(run: RunDir, plan: StagePlan) -> list[TrialRecord]:
+    """The trials whose gate is missing, or is not the one that they stored."""
+    journal = run.study_journal(plan.key)
+    records = load_records(journal) if has_study(journal) else []
+    return [record for record in records if _lacks_gate(run.gate_weights(plan.key, record.slot), record)]
+
+
+def _lacks_gate(path: Path, record: TrialRecord) -> bool:
+    if record.arrays_sha256 is None and record.state != "complete":
+        return False
+    try:
+        load_router(path, record.arrays_sha256)
+    except CheckpointError:
+        return True
+    return False
 
 
 def _has_found_enough(run: RunDir, plan: StagePlan, config: SweepConfig, num_trials: int) -> bool:
     path = run.search_end_json(plan.key)
     if not path.exists():
         return False
-    end = read_json(path)
-    if end["reason"] == "space" and len(read_queue(run.queue_jsonl(plan.key))) > end.get("enqueued", 0):
+    end = read_end(path)
+    if end.reason == "space" and len(read_queue(run.queue_jsonl(plan.key))) > end.enqueued:
         return False  # enqueued points are tried even if the grid has none left
-    return end["reason"] in FOUND_ENOUGH and end["rules"] == _rules_json(config) and end["trials"] == num_trials
+    return end.reason in FOUND_ENOUGH and end.rules == _rules_json(config) and end.trials == num_trials
 
 
 def _rules_json(config: SweepConfig) -> dict[str, Any]:
@@ -111,6 +137,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
     plan = continued(run, plan, config)
     results = work.results
     constraints = constraint_set(config, named_baseline(results))
+    _make_gates_again(work, plan, table_plan)
 
     def search(folder: Path) -> Sequence[Path]:
         # As part of the stage, so that trials of an earlier search, which obeyed other constraints,
@@ -125,7 +152,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
                 journal=journal,
                 runner=runner,
                 constraints=constraints,
-                save_arrays=lambda slot, arrays: _save_gate(run.gate_weights(plan.key, slot), arrays),
+                save_arrays=lambda slot, arrays: save_gate(run.gate_weights(plan.key, slot), arrays),
                 progress=ProgressFiles(folder / "progress"),
                 queue=lambda: [item["params"] for item in read_queue(run.queue_jsonl(plan.key))],
                 observer=_Observer(work, bar, num_finished),
@@ -133,13 +160,8 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
             ).run(Budget(resolve_trials(config), config.budget.time_s, stop_rules(results)))
         if result.stop_reason == "stop":
             raise StoppedError("the search was stopped; its finished trials are kept")
-        end = {
-            "reason": result.stop_reason,
-            "rules": _rules_json(config),
-            "trials": len(result.records),
-            "enqueued": len(journal.enqueued),
-        }
-        atomic_write_json(run.search_end_json(plan.key), end)
+        end = SearchEnd(result.stop_reason, _rules_json(config), len(result.records), len(journal.enqueued))
+        write_end(run.search_end_json(plan.key), end)
         if result.stop_reason in _END_SENTENCES:
             told = f"{_END_SENTENCES[result.stop_reason]} after {plural(len(result.records), 'trial')}"
             if len(result.records) == num_finished and result.stop_reason in RULE_OFF:
@@ -147,13 +169,62 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
                 extend = command_line("extend", "RUN", *more, own_code=has_own_code(config))
                 told += f"; to add trials, use: {extend}"
             work.progress.say(f"search: {told}")
-        return [run.study_journal(plan.key)]
+        return [run.study_journal(plan.key), run.search_end_json(plan.key)]
 
     work.run_stage(plan, search)
     # Rows that an earlier launch could not write; those that MLflow has are not written twice.
     for record in results.records:
         work.tracker.trial(trial_row(results.manifest, run, record, results.kind_of(record)))
     work.progress.say(f"search: {count_sentence(results)}, {plural(len(results.front), 'gate')} on the front")
+
+
+def _make_gates_again(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
+    """Run the trials again whose gates were lost; their records stay as they are.
+
+    A gate with other bits than before is kept if its metrics are those of the record, which a
+    processor that rounds differently need not reach; else the trial stays without a gate.
+    """
+    run, lost = work.run, trials_without_gate(work.run, plan)
+    if not lost:
+        return
+    told = ", ".join(trial_name(record.slot) for record in lost[:MAX_NAMED]) + (
+        ", ..." if len(lost) > MAX_NAMED else ""
+    )
+    paths = {record.slot: run.gate_weights(plan.key, record.slot) for record in lost}
+    kept = [set_aside(path).name for path in paths.values() if path.exists()]
+    work.progress.warn(
+        f"search: the gates of {plural(len(lost), 'trial')} are missing or are not those that the trials stored ({told}); they "
+        "are made again"
+        + (f", and the damaged files are kept ({kept[0]}{', ...' if len(kept) > 1 else ''})" if kept else "")
+    )
+    report = ArithmeticReport(plan.folder.path / "arithmetic.json", work.progress.warn)
+    journal = StudyJournal.open(run.study_journal(plan.key), study_settings(work.config))
+    with closing(_trial_runner(work, table_plan, report)) as runner:
+        for record, outcome in Search(journal=journal, runner=runner).rerun(lost):
+            work.check_stop()
+            if not _gives(outcome, record):
+                work.progress.warn(
+                    f"search: {trial_name(record.slot)} run again gives another gate than before (another processor, or other "
+                    "libraries), so that it has none now; restore its file from a copy, or launch on a machine like the first"
+                )
+                continue
+            sha256 = save_gate(paths[record.slot], outcome.arrays)
+            if sha256 is not None and sha256 != record.arrays_sha256:
+                journal.note_arrays(record.slot, sha256)
+
+
+MAX_NAMED = 5
+"""Largest number of trials that a warning names."""
+
+
+def _gives(outcome: TrialOutcome, record: TrialRecord) -> bool:
+    """Whether a trial run again has the metrics of its record; latencies are left out, because the
+    parts may have been timed again since."""
+    return outcome.state == "complete" and all(
+        math.isclose(outcome.metrics.get(name, math.nan), value, rel_tol=0.0) or math.isnan(value)
+        for name, value in record.metrics.items()
+        if not name.startswith(LATENCY)
+    )
 
 
 _END_SENTENCES = {
@@ -236,7 +307,8 @@ def stop_rules(results: RunResults) -> StopRules:
 
 class ProgressFiles:
     """Files in the search's folder with the arrays from which staged trials resume, so that a
-    resumed sweep need not train them again."""
+    resumed sweep need not train them again. The name of a file has its SHA-256, and one that does
+    not fit is not used."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -244,25 +316,25 @@ class ProgressFiles:
     def save(self, slot: int, rung: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Store a slot's arrays at a rung and remove those of earlier rungs."""
         self.forget(slot)
-        _save_gate(self._path(slot, rung), arrays)
+        if arrays:
+            data = _safetensors(arrays)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            atomic_write_bytes(
+                self._folder / f"slot-{slot:05d}-{rung}-{hashlib.sha256(data).hexdigest()}.safetensors", data
+            )
 
     def load(self, slot: int, rung: int) -> Mapping[str, NDArray[Any]]:
         """The arrays stored at a rung; empty if there are none that can be read."""
-        path = self._path(slot, rung)
-        if not path.is_file():
-            return {}
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError):
-            return {}
+        for path in self._folder.glob(f"slot-{slot:05d}-{rung}-*.safetensors"):
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() == path.stem.rpartition("-")[2]:
+                return load(data)
+        return {}
 
     def forget(self, slot: int) -> None:
         """Remove the files of a trial that has ended."""
         for path in self._folder.glob(f"slot-{slot:05d}-*.safetensors"):
             path.unlink(missing_ok=True)
-
-    def _path(self, slot: int, rung: int) -> Path:
-        return self._folder / f"slot-{slot:05d}-{rung}.safetensors"
 
 
 def gate_defaults(config: SweepConfig) -> dict[str, Any]:
@@ -330,7 +402,16 @@ class _Observer:
         self._bar.update(self._num_finished)
 
 
-def _save_gate(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    if arrays:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+def save_gate(path: Path, arrays: Mapping[str, NDArray[Any]]) -> str | None:
+    """Store the arrays of a trial; returns the SHA-256 of the file, or None if there are no
+    arrays."""
+    if not arrays:
+        return None
+    data = _safetensors(arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _safetensors(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})

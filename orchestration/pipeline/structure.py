@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from dsnet.data.splits import Splits
 from dsnet.data.training_images import TrainingImages
 from dsnet.environment import resolve_device
-from dsnet.files import read_json
+from dsnet.files import read_stored
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import STRUCTURE, save_supernet
 from dsnet.structure.method import Base, Candidate, Score
@@ -32,6 +32,7 @@ from orchestration.config.resolve import resolve_side_by_side, resolve_threads
 from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import with_found_structure
 from orchestration.progress import Bar, Task
+from orchestration.results.structure import summary_in
 from orchestration.runs.curves import CurvePoint
 from orchestration.runs.stages import StagePlan
 from orchestration.tracking.rows import base_row, write_structure
@@ -181,7 +182,7 @@ class _Shown:
 
 def _say_result(work: Launch, folder: Path) -> None:
     """Say which sub-networks there are, and what the method has to say about them."""
-    summary = read_json(folder / f"{STRUCTURE}.json")["structure"]["summary"]
+    summary = read_stored(folder / f"{STRUCTURE}.json", summary_in)
     for note in summary["notes"]:
         work.progress.warn(f"structure: {note}")
     shares = ", ".join(f"{item['name']} ({item['madds'] / 1e6:.3g} M)" for item in summary["subnets"])

@@ -13,6 +13,7 @@ from orchestration.prepare.preparation import StartPoint
 from orchestration.progress import Task
 from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.runs.curves import CurvePoint
+from orchestration.runs.folder import CURVES
 from orchestration.runs.stages import StagePlan
 from orchestration.tracking.rows import supernet_row
 from orchestration.workers.runtime import LOCAL, cluster_cpus
@@ -55,7 +56,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
 
             data = work.prepared.training_images()
             stem = train_on_ray(job, data, on_points=on_points, should_stop=work.stop)
-        return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
+        return supernet_outputs(stem)
 
     was_done = plan.is_done
     folder = work.run_stage(plan, train)
@@ -64,6 +65,16 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
     if not was_done:
         facts = SupernetFacts.of_prepared(work.prepared)
         work.progress.say(f"supernet: {done_sentence(facts, folder.seconds() or 0.0)}")
+
+
+def supernet_outputs(stem: Path) -> list[Path]:
+    """The outputs of a supernet's stage: the checkpoint with this stem, and the loss curves, if it
+    was trained here."""
+    curves = stem.with_name(CURVES)
+    return [
+        *(stem.with_name(stem.name + end) for end in (".safetensors", ".json")),
+        *([curves] if curves.is_file() else []),
+    ]
 
 
 def done_sentence(facts: SupernetFacts, seconds: float) -> str:

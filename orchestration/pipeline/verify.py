@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.files import atomic_write_json, read_json
+from dsnet.errors import CheckpointError
+from dsnet.files import atomic_write_json, file_sha256, known_sha256, read_object, read_sealed, set_aside, write_sealed
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
@@ -19,7 +20,6 @@ from orchestration.pipeline.context import Launch
 from orchestration.pipeline.measure_and_table import build_table
 from orchestration.prepare.preparation import latency_settings, verify_definition
 from orchestration.progress import Task
-from orchestration.results.run import load_router
 from orchestration.results.verified import Agreement
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StageDir, StagePlan, StageRecord, plan_stage
@@ -41,12 +41,13 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
     def verify(folder: Path) -> Sequence[Path]:
         num_openings = work.count_test_opening("verify")
         data = prepared.open_test()
-        table_key, search_key = plans["table"].key, plans["search"].key
+        table_key = plans["table"].key
         sealed = run.sealed_table(table_key)
-        if not sealed.exists():
+        if not _is_whole(work, sealed):
             build_table(work, supernet, data, "test", sealed)
+            write_sealed(hash_file(sealed), {"file": sealed.name, "file_sha256": file_sha256(sealed)})
         test, val = RoutingTable.load(sealed), RoutingTable.load(run.table(table_key, "val"))
-        routers = {slot: load_router(run.gate_weights(search_key, slot)) for slot in front}
+        routers = {slot: results.router(slot) for slot in front}
         known = known_agreements(run, plan.record)
         agreements = []
         with work.progress.bar(Task("verify: the front on test", len(routers), "gate")) as bar:
@@ -99,6 +100,31 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
     )
 
 
+def hash_file(path: Path) -> Path:
+    """The file beside a table that holds its SHA-256; the table of `test` is made by another stage
+    than the one in whose folder it lies, and is no output of that."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _is_whole(work: Launch, table: Path) -> bool:
+    """Whether the table of `test` is there as it was written; a damaged one is set aside."""
+    record = hash_file(table)
+    problem = None
+    if table.is_file():
+        try:
+            if record.is_file() and read_sealed(record).get("file_sha256") != known_sha256(table):
+                problem = "its SHA-256 differs"
+            RoutingTable.load(table)
+        except CheckpointError as error:
+            problem = str(error)
+    if problem is not None:
+        kept = set_aside(table).name
+        work.progress.warn(f"verify: {table} is not as it was written ({problem}); it is kept as {kept} and made again")
+    if problem is not None or not table.is_file():
+        record.unlink(missing_ok=True)
+    return table.is_file()
+
+
 def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
     """Agreements by slot, from earlier results of the stage about gates of the same search, and so
     of the same tables and weights.
@@ -118,7 +144,7 @@ def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
         if earlier is None or (earlier.version, earlier.parent_keys) != (record.version, record.parent_keys):
             continue
         with suppress(KeyError, TypeError):  # another release wrote it
-            found |= {item["slot"]: Agreement(**item) for item in read_json(path / VERIFY_FILE)["agreements"]}
+            found |= {item["slot"]: Agreement(**item) for item in read_object(path / VERIFY_FILE)["agreements"]}
     return found
 
 
@@ -145,9 +171,7 @@ class _SplitAnalyser:
         """Fit the reachable ceiling on `gate`, and load the routers of the contenders."""
         run, results = work.run, work.results
         forecast = RouteForecast.fit(RoutingTable.load(run.table(plans["table"].key, "gate")))
-        contenders = {
-            pick: load_router(run.gate_weights(plans["search"].key, pick.slot)) for pick in results.contenders
-        }
+        contenders = {pick: results.router(pick.slot) for pick in results.contenders}
         return cls(
             forecast,
             val,

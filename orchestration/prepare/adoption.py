@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.errors import CheckpointError, ConfigError
-from dsnet.files import file_sha256, read_json, replacing
+from dsnet.files import file_sha256, read_object, read_stored, replacing
 from dsnet.measure.settings import LatencySettings
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import OutputFolder
@@ -28,10 +28,8 @@ from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.supernet import REGIME_KEYS, resolve_regime
 from orchestration.config.sweep import SweepConfig
-from orchestration.runs.folder import RunDir
+from orchestration.runs.folder import CURVES, RunDir
 from orchestration.runs.stages import StagePlan, run_stage
-
-_CURVES = "curves.jsonl"
 
 
 def standalone_config(config: SweepConfig) -> StandaloneConfig:
@@ -107,8 +105,8 @@ def find_adoption(source: Path, wanted: Wanted, measure: LatencySettings) -> Ado
     folder = OutputFolder(Path(os.path.expandvars(source)).expanduser())
     if not folder.is_readable() or not folder.is_done("supernet"):
         return None
-    meta = read_json(folder.supernet / f"{FINAL}.json")
-    settings = read_json(folder.resolved_path)
+    meta = read_object(folder.supernet / f"{FINAL}.json")
+    settings = read_object(folder.resolved_path)
     try:
         theirs, resolved = SupernetRun.from_json(meta["run"]), StandaloneConfig.from_json(settings)
     except ConfigError:  # another release has other settings
@@ -126,7 +124,8 @@ def find_adoption(source: Path, wanted: Wanted, measure: LatencySettings) -> Ado
         if not folder.is_done("structure"):
             return None
         stages.insert(0, "structure")
-        origin = read_json(folder.structure / f"{STRUCTURE}.json")["structure"]["summary"]["origin"]
+        path = folder.structure / f"{STRUCTURE}.json"
+        origin = read_stored(path, lambda content: dict(content["structure"]["summary"]["origin"]))
     if folder.is_done("measure") and resolved.measure == measure:
         stages.append("measure")
     if folder.is_done("table"):
@@ -168,9 +167,10 @@ def adopt(run: RunDir, plans: Mapping[str, StagePlan], adoption: Adoption) -> li
         recorded = adoption.folder.manifest()["stages"][name]["files"]
 
         def copy(target: Path, source: Path = source, recorded: Mapping[str, Any] = recorded) -> list[Path]:
-            if (source / _CURVES).is_file():
-                shutil.copyfile(source / _CURVES, target / _CURVES)
-            return [_copied(source / file, target / file, facts["sha256"]) for file, facts in recorded.items()]
+            if (source / CURVES).is_file():
+                shutil.copyfile(source / CURVES, target / CURVES)
+            copied = [_copied(source / file, target / file, facts["sha256"]) for file, facts in recorded.items()]
+            return [*copied, *([target / CURVES] if (target / CURVES).is_file() else [])]
 
         run_stage(run, plans[name], copy)
     return taken

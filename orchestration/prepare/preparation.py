@@ -22,7 +22,7 @@ from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.environment import resolve_device
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
-from dsnet.files import atomic_write_text, read_json
+from dsnet.files import atomic_write_text, read_object, read_stored, understood
 from dsnet.gates.problem import check_choice
 from dsnet.measure.settings import MAIN_DEVICE, DeviceSettings, LatencySettings
 from dsnet.metrics import share_names
@@ -325,8 +325,10 @@ def with_found_structure(prepared: Prepared, run: RunDir) -> Prepared:
     if not folder.is_done():
         return prepared
     stem = folder.path.absolute() / STRUCTURE
-    meta = read_json(stem.with_name(f"{STRUCTURE}.json"))
-    subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+    path = stem.with_name(f"{STRUCTURE}.json")
+    meta = read_object(path)
+    with understood(path):
+        subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
     origin = {"file": f"{STRUCTURE}.safetensors", "sha256": str(meta["sha256"])}
     return replace(prepared, subnets=subnets, start=StartPoint(stem, str(meta["sha256"]), origin, ()))
 
@@ -360,11 +362,9 @@ def _recorded_origin(run: RunDir, supernet: StageDir) -> Mapping[str, Any]:
     record = supernet.record()
     key = None if record is None else record.parent_keys.get("structure")
     if key is None:
-        origin: Mapping[str, Any] = read_json(supernet.path / f"{FINAL}.json")["run"]["origin"]
-        return origin
-    summary = read_json(run.stage_dir("structure", key) / f"{STRUCTURE}.json")["structure"]["summary"]
-    given: Mapping[str, Any] = summary["origin"]
-    return given
+        return read_stored(supernet.path / f"{FINAL}.json", lambda meta: dict(meta["run"]["origin"]))
+    path = run.stage_dir("structure", key) / f"{STRUCTURE}.json"
+    return read_stored(path, lambda meta: dict(meta["structure"]["summary"]["origin"]))
 
 
 def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
@@ -580,5 +580,5 @@ def write_splits(path: Path, splits: Splits) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(splits.to_json()) + "\n"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         atomic_write_text(path, text)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsnet.deploy.engines import TORCH
 from dsnet.errors import CheckpointError
-from dsnet.files import atomic_write_bytes, atomic_write_json, file_sha256, read_json
+from dsnet.files import atomic_write_bytes, file_sha256, known_sha256, read_object, read_sealed, write_sealed
 from dsnet.measure.latency import LatencySamples
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
@@ -71,7 +71,7 @@ def store_timing(results: RunResults, engine: str, samples: LatencySamples, *, i
     timed = TimedElsewhere(now_iso(), engine, is_by_kit, samples)
     folder = results.run.elsewhere_dir(results.done_key("supernet"))
     folder.mkdir(exist_ok=True)
-    atomic_write_json(folder / timed.file_name, timed.to_json())
+    write_sealed(folder / timed.file_name, timed.to_json())
     return timed
 
 
@@ -84,12 +84,12 @@ def stored_timings(results: RunResults) -> list[TimedElsewhere]:
     """
     found = []
     for path in sorted(results.run.elsewhere_dir(results.done_key("supernet")).glob("*.json")):
-        data = read_json(path)
         try:
+            data = read_sealed(path)
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']!r}, but this release reads {VERSION}")
             found.append(TimedElsewhere.from_json(data))
-        except (KeyError, TypeError, ValueError) as error:
+        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: no complete timing ({error!r}); delete it, and measure that device again"
             ) from error
@@ -114,9 +114,17 @@ def stored_kits(results: RunResults) -> dict[str, Mapping[str, Any]]:
 
     Raises:
         NotFoundError: the run has not finished its supernet stage.
+        CheckpointError: a description has changed since it was stored.
     """
     folder = results.run.kits_dir(results.done_key("supernet"))
-    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    kits: dict[str, Mapping[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        if known_sha256(path) != path.stem:
+            raise CheckpointError(
+                f"{path}: is not the description that was stored; delete it, and export that kit again"
+            )
+        kits[path.stem] = read_object(path)
+    return kits
 
 
 def fronts_of(results: RunResults, timed: TimedElsewhere) -> dict[int, tuple[TimedPoint, ...]]:

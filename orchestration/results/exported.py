@@ -7,7 +7,8 @@ from typing import Any
 
 from dsnet.deploy.layout import MANIFEST
 from dsnet.deploy.operating_points import ORIGIN_CLAIM
-from dsnet.files import read_json
+from dsnet.errors import CheckpointError
+from dsnet.files import read_sealed
 from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
@@ -30,7 +31,36 @@ def exported_bundles(run: RunDir) -> list[Path]:
 def outdated_bundles(results: Results) -> list[Path]:
     """The bundles in the run's export folder that were made from another supernet, or from another
     search, than the run has now; sorted."""
-    return [path for path in exported_bundles(results.run) if outdated_part(results, read_json(path / MANIFEST))]
+    return [path for path in _readable_bundles(results.run) if outdated_part(results, read_sealed(path / MANIFEST))]
+
+
+def damaged_bundles(run: RunDir) -> list[Path]:
+    """The bundles in the run's export folder whose description is damaged; sorted."""
+    readable = _readable_bundles(run)
+    return [path for path in exported_bundles(run) if path not in readable]
+
+
+def _readable_bundles(run: RunDir) -> list[Path]:
+    found = []
+    for path in exported_bundles(run):
+        try:
+            manifest = read_sealed(path / MANIFEST)
+        except CheckpointError:  # `damaged_bundles` are those that are missing here
+            continue
+        if {"claims", "spec"} <= manifest.keys():
+            found.append(path)
+    return found
+
+
+def damaged_warning(results: Results) -> str | None:
+    """A sentence that names the damaged bundles of a run; without the full stop. None if there are
+    none."""
+    paths = damaged_bundles(results.run)
+    if not paths:
+        return None
+    names = ", ".join(str(path / MANIFEST) for path in paths)
+    again = command_line("export", results.run.path, "--pick", "...", own_code=has_own_code(results.config))
+    return f"these bundles are damaged or were edited, and cannot be loaded: {names}; remove them, or export again with: {again}"
 
 
 def outdated_part(results: Results, manifest: Any) -> str | None:

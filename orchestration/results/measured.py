@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dsnet.measure.latency import LatencyTable, latency_metric
 
@@ -18,6 +19,23 @@ class MeasuredSubnet:
     madds: int
     params: int
     is_teacher: bool
+
+
+@dataclass(frozen=True)
+class MeasuredSubnets:
+    """Content of subnets.json."""
+
+    subnets: tuple[MeasuredSubnet, ...]
+    num_images: int
+    """Number of images in `val`."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MeasuredSubnets:
+        """Build it from the result of `dsnet.measure.evaluate.measure_subnets`."""
+        subnets = tuple(MeasuredSubnet(**item) for item in data["subnets"])
+        if all(subnet.is_teacher for subnet in subnets):
+            raise ValueError("no sub-network was measured")
+        return cls(subnets, int(data["num_images"]))
 
 
 def static_metrics(subnet: MeasuredSubnet, latencies: Mapping[str, LatencyTable]) -> dict[str, float]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +33,7 @@ from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
 from dsnet.data.settings import PHOTOS
 from dsnet.errors import NotFoundError
-from dsnet.files import atomic_write_text, read_json
+from dsnet.files import atomic_write_text, read_json_lines, understood
 from dsnet.measure.latency import LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.wording import plural
@@ -42,6 +41,7 @@ from orchestration.config.command_lines import command_line, has_own_code, has_o
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.dominated import allowed_static, dominated_warnings
 from orchestration.results.run import RunResults
+from orchestration.results.search_end import read_end
 from orchestration.results.structure import structure_of, training_cost
 from orchestration.results.training_review import review
 from orchestration.results.trial_list import broken_constraints
@@ -479,10 +479,9 @@ def _plateau(results: RunResults) -> int | None:
     path = results.run.search_end_json(results.stage_key("search") or "")
     if not path.is_file():
         return None
-    end = read_json(path)
-    assert isinstance(end, dict)
-    is_last = end["reason"] == "plateau" and end["trials"] == len(results.records)
-    return int(end["rules"]["plateau"]["trials"]) if is_last else None
+    end = read_end(path)
+    is_last = end.reason == "plateau" and end.trials == len(results.records)
+    return int(end.rules["plateau"]["trials"]) if is_last else None
 
 
 def _reasons(records: Sequence[TrialRecord]) -> tuple[tuple[int, str], ...]:
@@ -609,15 +608,11 @@ def widths_of(results: RunResults) -> WidthsInfo | None:
 def training_of(results: RunResults) -> TrainingInfo | None:
     """The supernet's loss curves."""
     key = results.stage_key("supernet")
-    path = None if key is None else results.run.curves_jsonl(key)
-    if path is None or not path.exists():
+    lines = [] if key is None else read_json_lines(results.run.curves_jsonl(key))
+    if key is None or not lines:
         return None
-    return training_info(_json_lines(path.read_text(encoding="utf-8").splitlines()))
-
-
-def _json_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    for line in lines:
-        yield json.loads(line)
+    with understood(results.run.curves_jsonl(key)):
+        return training_info(lines)
 
 
 def _floats(values: Any) -> tuple[float, ...]:

@@ -3,7 +3,7 @@ and never the sealed table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError
-from dsnet.files import read_json
+from dsnet.files import known_sha256, read_object, read_sealed, read_stored, understood
 from dsnet.measure.latency import BatchClock, LatencyTable, device_of, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import added_metrics
@@ -26,22 +26,23 @@ from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
 from orchestration.config.command_lines import launch_command
 from orchestration.config.export import check_pick, gate_picks
-from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.reach import Range, metric_ranges
 from orchestration.results.gate_id import GateId
-from orchestration.results.measured import MeasuredSubnet, static_metrics
+from orchestration.results.measured import MeasuredSubnet, MeasuredSubnets, static_metrics
+from orchestration.results.search_end import read_end
+from orchestration.results.stored_config import stored_config
 from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.results.verified import DynamicLatency, Verified
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.queue import read_queue
-from orchestration.runs.stages import StageDir
+from orchestration.runs.stages import StageDir, check_origins
 from search.front.analysis import BudgetPick, budget_picks, front_slots, pickable, spread_along_front
 from search.front.pareto import REFERENCE_MARGIN, apply_pick, parse_pick
 from search.front.points import PointRow, control_points, gate_points, subnet_points, trial_name
 from search.gate_trial import router_of
-from search.study.study import TrialRecord, load_enqueued, load_records
+from search.study.study import TrialRecord, has_study, load_enqueued, load_records
 
 
 class RunResults:
@@ -72,8 +73,12 @@ class RunResults:
 
     @cached_property
     def config(self) -> SweepConfig:
-        """The resolved configuration of the last launch."""
-        return load_config(self.run.sweep_yaml).config
+        """The resolved configuration of the last launch.
+
+        Raises:
+            CheckpointError: the stored file is not what the last launch wrote.
+        """
+        return stored_config(self.run, self.manifest)
 
     @property
     def supernets(self) -> dict[str, RunResults]:
@@ -86,8 +91,31 @@ class RunResults:
         return None if entry is None else str(entry["key"])
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage is complete, for the current results of its parents."""
-        return self.is_current(stage) and self._folder(stage).is_done()
+        """Whether the stage is complete, for the current results of its parents.
+
+        Raises:
+            CheckpointError: it was, but a file of it is missing or has changed since.
+        """
+        if not self.is_current(stage):
+            return False
+        folder = self._folder(stage)
+        if not folder.done_marker.exists() and self.manifest["stages"][stage]["status"] == "done":
+            raise CheckpointError(
+                f"{folder.done_marker} is missing, although {self.run.manifest_path.name} says that the stage has finished; "
+                "restore it, or launch the sweep again"
+            )
+        folder.check()
+        is_done = self._is_marked(stage)
+        if is_done:
+            check_origins(self.run, folder)
+        return is_done
+
+    def _is_marked(self, stage: str) -> bool:
+        """Whether a current stage and all its ancestors have finished and no launch has set a file
+        of them aside; their files are checked by whoever reads them."""
+        folder = self._folder(stage)
+        record = folder.record()
+        return folder.is_marked() and record is not None and all(map(self._is_marked, record.parent_keys))
 
     def _folder(self, stage: str) -> StageDir:
         return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))
@@ -96,7 +124,12 @@ class RunResults:
         """Whether the stage's last result was made from the last results of all its ancestors."""
         if self.stage_key(stage) is None:
             return False
-        record = self._folder(stage).record()
+        folder = self._folder(stage)
+        record = folder.record()
+        if record is None and folder.path.is_dir() and self.manifest["stages"][stage]["status"] == "done":
+            raise CheckpointError(
+                f"{folder.stage_json} is missing; restore it, or launch the sweep again, which writes it again"
+            )
         return record is not None and all(
             self.stage_key(name) == key and self.is_current(name) for name, key in record.parent_keys.items()
         )
@@ -128,8 +161,7 @@ class RunResults:
         Raises:
             NotFoundError: the supernet stage has not finished.
         """
-        meta = read_json(self.run.stage_dir("supernet", self.done_key("supernet")) / f"{FINAL}.json")
-        return SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+        return read_stored(self.run.stage_dir("supernet", self.done_key("supernet")) / f"{FINAL}.json", subnets_in)
 
     @property
     def structure_dir(self) -> Path | None:
@@ -140,7 +172,7 @@ class RunResults:
     def subnets(self) -> tuple[MeasuredSubnet, ...]:
         """The measured sub-networks in the set's order, the teacher last; empty before the measure
         stage."""
-        return tuple(MeasuredSubnet(**item) for item in self._measured["subnets"])
+        return self._measured.subnets
 
     @property
     def members(self) -> tuple[MeasuredSubnet, ...]:
@@ -155,13 +187,13 @@ class RunResults:
     @property
     def num_val(self) -> int:
         """Number of images in `val`; 0 before the measure stage."""
-        return int(self._measured["num_images"])
+        return self._measured.num_images
 
     @cached_property
-    def _measured(self) -> dict[str, Any]:
+    def _measured(self) -> MeasuredSubnets:
         if not self.is_done("measure"):
-            return {"subnets": [], "num_images": 0}
-        return _read(self.run.subnets_json(self.done_key("measure")))
+            return MeasuredSubnets((), 0)
+        return read_stored(self.run.subnets_json(self.done_key("measure")), MeasuredSubnets.from_json)
 
     @cached_property
     def latencies(self) -> dict[str, LatencyTable]:
@@ -170,7 +202,7 @@ class RunResults:
         if not self.is_done("measure"):
             return {}
         return {
-            name: LatencyTable.from_json(_read(path))
+            name: read_stored(path, LatencyTable.from_json)
             for file, path in sorted(self._folder("measure").outputs().items())
             if (name := device_of(file)) is not None
         }
@@ -184,27 +216,38 @@ class RunResults:
     def _timed_again(self) -> dict[str, Any]:
         """Timings stored by `dsnet-orch measure`; empty if there are none."""
         path = self.run.timed_again_json(self.done_key("measure")) if self.is_done("measure") else None
-        return _read(path) if path is not None and path.is_file() else {}
+        return read_sealed(path) if path is not None and path.is_file() else {}
 
     @cached_property
     def newest_latencies(self) -> dict[str, LatencyTable]:
         """`latencies`, replaced by later timings of `dsnet-orch measure`, for display. The study
         keeps those with which it was searched."""
-        again = self._timed_again.get("tables", {})
-        return self.latencies | {name: LatencyTable.from_json(table) for name, table in again.items()}
+        latencies, again = self.latencies, self._timed_again
+        if not again:
+            return latencies
+        with understood(self.run.timed_again_json(self.done_key("measure"))):
+            return latencies | {name: LatencyTable.from_json(table) for name, table in again["tables"].items()}
 
     @cached_property
     def records(self) -> list[TrialRecord]:
-        """All finished trials by slot, including those of a search that still runs."""
+        """All finished trials by slot, including those of a search that still runs.
+
+        Raises:
+            CheckpointError: the study, or another file of the finished search, is not what was
+                written.
+        """
+        if not self.is_current("search"):
+            return []
+        self._folder("search").check()
         journal = self.run.study_journal(self.stage_key("search") or "")
-        return load_records(journal) if self.is_current("search") and journal.exists() else []
+        return load_records(journal) if has_study(journal) else []
 
     @property
     def search_end(self) -> str | None:
         """The reason for which the search ended: `trials`, `time`, `plateau`, ...; None before its
         end."""
         path = self.run.search_end_json(self.stage_key("search") or "")
-        return str(_read(path)["reason"]) if path.is_file() else None
+        return read_end(path).reason if path.is_file() else None
 
     @property
     def num_waiting(self) -> int:
@@ -330,7 +373,9 @@ class RunResults:
         """
         chosen = self.run.chosen_json(self.stage_key("search") or "")
         if chosen.is_file():
-            return tuple(slot for slot in self.front if slot in _read(chosen)["slots"])
+            content = read_sealed(chosen)
+            with understood(chosen):
+                return tuple(slot for slot in self.front if slot in content["slots"])
         size = self.config.budget.verify
         if size is None or len(self.front) <= size:
             return self.front
@@ -372,16 +417,17 @@ class RunResults:
         if not self.is_done("verify"):
             return None
         try:
-            verified = Verified.from_json(_read(self.run.verify_json(self.done_key("verify"))))
-        except (KeyError, TypeError):  # another release wrote it: the next launch verifies again
-            return None
+            verified = Verified.from_json(read_object(self.run.verify_json(self.done_key("verify"))))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return None  # another release wrote it: the next launch verifies again
         is_current = verified.front == self.front_sample and verified.contenders == self.contenders
         return self._with_newest_latencies(verified) if is_current else None
 
     def _with_newest_latencies(self, verified: Verified) -> Verified:
         """The result with later timings of `dsnet-orch measure`, if these cover all gates of the
         front."""
-        again = {name: DynamicLatency.from_json(item) for name, item in self._timed_again.get("front", {}).items()}
+        with understood(self.run.timed_again_json(self.done_key("measure"))):
+            again = {name: DynamicLatency.from_json(item) for name, item in self._timed_again.get("front", {}).items()}
         of_front = {
             name: latency
             for name, latency in again.items()
@@ -412,7 +458,7 @@ class RunResults:
         Raises:
             CheckpointError: its file is missing or damaged.
         """
-        return load_router(self.run.gate_weights(self.stage_key("search") or "", slot))
+        return load_router(self.run.gate_weights(self.stage_key("search") or "", slot), self.record(slot).arrays_sha256)
 
     def points(self) -> list[PointRow]:
         """All rows of points.parquet: static sub-networks, gates and controls, on `val` and, once
@@ -546,25 +592,27 @@ def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
     raise NotFoundError(f"pick {pick!r}: {trial_name(record.slot)} {standing}{why}; only feasible trials can be picked")
 
 
-def load_router(path: Path) -> Router:
+def load_router(path: Path, sha256: str | None) -> Router:
     """Load the router that a trial stored.
 
+    Args:
+        path: its file.
+        sha256: the SHA-256 that the trial's record has of it; None in studies of earlier releases.
+
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing, or is not the one that the trial stored.
     """
+    way_out = "restore it from a copy; or launch the sweep again, which runs this trial again"
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: the gate of this trial is missing; delete the run's search folder and launch again"
-        )
+        raise CheckpointError(f"{path}: the gate of this trial is missing; {way_out}")
+    if sha256 is not None and known_sha256(path) != sha256:
+        raise CheckpointError(f"{path}: is not the gate that the trial stored (its SHA-256 differs); {way_out}")
     try:
         return router_of(load_file(path))
-    except (SafetensorError, OSError, ValueError, KeyError, CheckpointError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); delete the run's search folder and launch again"
-        ) from error
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {way_out}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    assert isinstance(content, dict)
-    return content
+def subnets_in(meta: Mapping[str, Any]) -> SubnetSet:
+    """The sub-networks in the JSON file of a stored supernet."""
+    return SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])

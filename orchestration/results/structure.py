@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dashboards.structure import Scored, StructureInfo
-from dsnet.files import read_json
+from dsnet.files import read_stored
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import STRUCTURE
 from dsnet.structure.search import TRACE, scored_candidates
@@ -45,7 +46,12 @@ class TrainingCost:
 def _summary(results: RunResults) -> dict[str, Any] | None:
     """The summary of the structure stage; None where there is none that is done."""
     folder = results.structure_dir
-    return None if folder is None else read_json(folder / f"{STRUCTURE}.json")["structure"]["summary"]
+    return None if folder is None else read_stored(folder / f"{STRUCTURE}.json", summary_in)
+
+
+def summary_in(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary in the JSON file of a chosen structure."""
+    return dict(meta["structure"]["summary"])
 
 
 def training_cost(results: RunResults) -> TrainingCost | None:
@@ -53,11 +59,11 @@ def training_cost(results: RunResults) -> TrainingCost | None:
 
     Epochs of start weights that were given are not part of it.
     """
-    made, splits = results.supernet, results.run.splits_json
-    if made is None or not splits.is_file():
+    made, data = results.supernet, results.manifest.get("data")
+    if made is None or data is None:
         return None
     subnets, summary = results.trained_subnets, _summary(results) or {}
-    joint = training_madds(made.run, subnets, read_json(splits)["num_images"]["train"], subnets.spec.image_size)
+    joint = training_madds(made.run, subnets, data["num_images"]["train"], subnets.spec.image_size)
     return TrainingCost(summary.get("train_madds", 0.0), summary.get("madds", 0.0), joint)
 
 

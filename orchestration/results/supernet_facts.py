@@ -10,7 +10,7 @@ from typing import Any
 
 from dsnet.errors import ConfigError
 from dsnet.families import GatePlace, Task, get_family, layout
-from dsnet.files import read_json
+from dsnet.files import read_object, understood
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import STRUCTURE
@@ -48,12 +48,14 @@ class SupernetFacts:
     def of_stage(cls, folder: Path) -> SupernetFacts | None:
         """The facts recorded by a finished supernet stage; None if it is of another release, whose
         settings are not known here."""
-        meta = read_json(folder / f"{FINAL}.json")
+        path = folder / f"{FINAL}.json"
+        meta = read_object(path)
         try:
             run = SupernetRun.from_json(meta.get("run", {}))
         except ConfigError:
             return None
-        return cls(SupernetSpec.from_json(meta["spec"]), run, len(meta["subnets"]["members"]))
+        with understood(path):
+            return cls(SupernetSpec.from_json(meta["spec"]), run, len(meta["subnets"]["members"]))
 
     @classmethod
     def of_prepared(cls, prepared: Prepared) -> SupernetFacts:

@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from dsnet.errors import DsnetError
-from dsnet.files import read_json
+from dsnet.files import read_json_lines, read_object, read_stored, understood
 from dsnet.measure.evaluate import TRAIN_SAMPLE_FILE
-from dsnet.space.spec import SupernetSpec
-from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import STRUCTURE
 from dsnet.training.supernet import FINAL
-from orchestration.results.run import RunResults
+from orchestration.results.run import RunResults, subnets_in
 from search.training_checks import Score, TrainingFacts, TrainingWarning, training_warnings
 
 LOSS = "loss/"
@@ -69,22 +67,20 @@ def _is_from_scratch(results: RunResults, origin: Mapping[str, Any]) -> bool:
 def read_curves(path: Path, epochs: int) -> tuple[int, dict[str, tuple[list[float], list[float]]]]:
     """(number of training steps, curve of each sub-network, the one that learns from the labels
     first); (0, {}) if there are no curves."""
-    if epochs == 0 or not path.is_file():
-        return 0, {}
     rows: dict[int, Mapping[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        rows[int(row["step"])] = row
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for step in sorted(rows):
-        for name, loss in rows[step]["metrics"].items():
-            if name.startswith(LOSS):
-                steps, losses = curves.setdefault(name.removeprefix(LOSS), ([], []))
-                steps.append(float(step))
-                losses.append(float(loss))
-    first = LABELLED if LABELLED in curves else max(curves, default="", key=lambda name: len(curves[name][0]))
-    ordered = {first: curves[first], **curves} if curves else {}
-    return max((int(row["num_steps"]) for row in rows.values()), default=0), ordered
+    with understood(path):
+        for row in read_json_lines(path) if epochs else ():
+            rows[int(row["step"])] = row
+        for step in sorted(rows):
+            for name, loss in rows[step]["metrics"].items():
+                if name.startswith(LOSS):
+                    steps, losses = curves.setdefault(name.removeprefix(LOSS), ([], []))
+                    steps.append(float(step))
+                    losses.append(float(loss))
+        first = LABELLED if LABELLED in curves else max(curves, default="", key=lambda name: len(curves[name][0]))
+        ordered = {first: curves[first], **curves} if curves else {}
+        return max((int(row["num_steps"]) for row in rows.values()), default=0), ordered
 
 
 def _with_accuracies(results: RunResults, facts: TrainingFacts) -> TrainingFacts:
@@ -98,20 +94,20 @@ def _with_accuracies(results: RunResults, facts: TrainingFacts) -> TrainingFacts
         pairs=_nested_pairs(results, names),
         correct=_correct(results, names),
         outside=None if outside is None else Score(outside.name, outside.top1, num_val),
-        train=_train_score(read_json(sample)) if sample.is_file() else None,
+        train=read_stored(sample, _train_score) if sample.is_file() else None,
     )
 
 
-def _train_score(stored: Any) -> Score:
+def _train_score(stored: Mapping[str, Any]) -> Score:
     return Score(stored["name"], stored["top1"], stored["num_images"])
 
 
 def _nested_pairs(results: RunResults, names: Sequence[str]) -> list[tuple[int, int]]:
     """(narrow, wide) positions of sub-networks where no layer of the wide one is narrower, so that
     it should be at least as accurate."""
-    meta = read_json(results.run.stage_dir("supernet", results.done_key("supernet")) / f"{FINAL}.json")
+    meta = read_object(results.run.stage_dir("supernet", results.done_key("supernet")) / f"{FINAL}.json")
     try:
-        subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+        subnets = subnets_in(meta)
     except (DsnetError, KeyError, TypeError, ValueError):  # another release wrote it
         return []
     widths = {subnet.name: subnet.widths for subnet in subnets}

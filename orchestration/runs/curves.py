@@ -48,5 +48,5 @@ def _parse_point(line: bytes) -> CurvePoint | None:
     try:
         content = json.loads(line)
         return CurvePoint(int(content["step"]), int(content["time_ms"]), dict(content["metrics"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None

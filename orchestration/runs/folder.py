@@ -8,7 +8,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from dsnet.errors import ConfigError, NotFoundError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
 from dsnet.wording import did_you_mean
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -17,6 +17,8 @@ MLFLOW_ARTIFACTS = "mlruns-artifacts"
 KNEE = "knee"
 """Name of the link to the bundle of the front's knee, beside the bundles: a path that is known
 before the run."""
+CURVES = "curves.jsonl"
+"""Name of the file with the loss curves of a supernet."""
 KEY_CHARACTERS = 12
 """Number of characters of a stage key in the name of its folder."""
 
@@ -69,8 +71,14 @@ class RunDir:
 
         Raises:
             NotFoundError: It does not; the message lists the runs that do.
+            CheckpointError: Its manifest is missing.
         """
         if not self.manifest_path.is_file():
+            if self.sweep_yaml.is_file():
+                raise CheckpointError(
+                    f"{self.manifest_path} is missing; restore it, or launch the sweep again: its stages are found again, but how "
+                    "often test was read is not known any more"
+                )
             known = list_runs(self.root)
             hint = did_you_mean(self.name, known)
             listed = f"runs there: {', '.join(known)}" if known else "there are no runs there"
@@ -155,7 +163,7 @@ class RunDir:
         return self.path / stage / key[:KEY_CHARACTERS]
 
     def curves_jsonl(self, key: str) -> Path:
-        return self.stage_dir("supernet", key) / "curves.jsonl"
+        return self.stage_dir("supernet", key) / CURVES
 
     def subnets_json(self, key: str) -> Path:
         return self.stage_dir("measure", key) / "subnets.json"

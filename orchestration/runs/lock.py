@@ -3,7 +3,6 @@ an ended process can be replaced."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from dataclasses import asdict, dataclass
@@ -11,8 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from dsnet.errors import LockedError, PreflightError
-from dsnet.files import atomic_write_json, exclusive
+from dsnet.errors import CheckpointError, ConfigError, LockedError, PreflightError
+from dsnet.files import atomic_write_json, exclusive, read_object
+from dsnet.strict_json import read_strictly
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import now_iso
 
@@ -152,9 +152,11 @@ class DriverLock:
 def read_lock(path: Path) -> LockHolder | None:
     """The holder recorded in a lock file; None if there is no file or it cannot be understood."""
     try:
-        return LockHolder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        holder = read_strictly(LockHolder, read_object(path))
+        datetime.fromisoformat(holder.since)
+    except (CheckpointError, ConfigError, ValueError):
         return None
+    return holder
 
 
 def process_start_time(pid: int) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 from dsnet.arithmetic import arithmetic_facts
 from dsnet.environment import installed_versions as versions_of
 from dsnet.errors import CheckpointError
-from dsnet.files import atomic_write_json, exclusive, read_json
+from dsnet.files import exclusive, read_sealed, understood, write_sealed
 
 RECORDED_PACKAGES = (
     "dsnet-orch", "torch", "numpy", "ray", "optuna", "mlflow", "pandas", "plotly", "pyarrow", "safetensors",
@@ -45,7 +45,7 @@ class Manifest:
         if self.path.exists():
             self.update(**facts)
             return
-        atomic_write_json(
+        write_sealed(
             self.path,
             {
                 "schema": _MANIFEST_SCHEMA,
@@ -65,26 +65,27 @@ class Manifest:
         Raises:
             CheckpointError: It is missing, damaged, or of another schema.
         """
-        content = read_json(self.path)
-        if not isinstance(content, dict) or content.get("schema") != _MANIFEST_SCHEMA:
-            schema = content.get("schema") if isinstance(content, dict) else None
+        content = read_sealed(self.path)
+        if content.get("schema") != _MANIFEST_SCHEMA:
             raise CheckpointError(
-                f"{self.path} has schema {schema!r}, but this release reads {_MANIFEST_SCHEMA}. "
+                f"{self.path} has schema {content.get('schema')!r}, but this release reads {_MANIFEST_SCHEMA}. "
                 "Launch under another name, or use the release that made it."
             )
+        with understood(self.path):
+            _check_form(content)
         return content
 
     def update(self, **sections: Any) -> None:
         """Replace whole top-level sections."""
         with exclusive(self.path.parent):
-            atomic_write_json(self.path, {**self.read(), **sections})
+            write_sealed(self.path, {**self.read(), **sections})
 
     def record_stage(self, name: str, record: Mapping[str, Any]) -> None:
         """Set one stage's {key, dir, status, started_at, seconds}."""
         with exclusive(self.path.parent):
             content = self.read()
             content["stages"][name] = dict(record)
-            atomic_write_json(self.path, content)
+            write_sealed(self.path, content)
 
     def count_test_opening(self, who: str) -> int:
         """Record that the sealed test split was read.
@@ -96,8 +97,17 @@ class Manifest:
             content = self.read()
             content["test_openings"] += 1
             content["test_opened_by"].append({"who": who, "at": now_iso()})
-            atomic_write_json(self.path, content)
+            write_sealed(self.path, content)
         return int(content["test_openings"])
+
+
+def _check_form(content: Mapping[str, Any]) -> None:
+    """Raise LookupError or TypeError if a manifest lacks something that is read from it."""
+    missing = {"run_id", "stages", "test_openings", "test_opened_by"} - content.keys()
+    for entry in content.get("stages", {}).values():
+        missing |= {"key", "status", "started_at", "seconds"} - entry.keys()
+    if missing:
+        raise KeyError(", ".join(sorted(missing)))
 
 
 def installed_versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.errors import CheckpointError, PreflightError
-from dsnet.files import exclusive
+from dsnet.files import exclusive, parse_json, sealed, unsealed
 from orchestration.runs.manifest import now_iso
 from search.suggest.space import Scalar
 
@@ -32,7 +32,7 @@ def append_points(path: Path, points: Sequence[Mapping[str, Scalar]]) -> int:
         PreflightError: it cannot be written; the queue holds what it held before.
         CheckpointError: the file is not a queue.
     """
-    lines = [json.dumps({"params": dict(point), "at": now_iso()}, allow_nan=False) + "\n" for point in points]
+    lines = [json.dumps(sealed({"params": dict(point), "at": now_iso()})) + "\n" for point in points]
     with exclusive(path.parent):
         held = read_queue(path)
         try:
@@ -67,8 +67,8 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
 
 def _point(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        point = json.loads(line)
-    except ValueError as error:
+        point = parse_json(line, f"{path}, line {number},")
+    except CheckpointError as error:
         raise CheckpointError(
             f"{path}, line {number}: not a point ({error}); the file was edited. Restore the line, or write "
             '{"params": {}} in its place: lines are counted, and none may be missing'
@@ -77,7 +77,7 @@ def _point(path: Path, number: int, line: bytes) -> dict[str, Any]:
         raise CheckpointError(
             f'{path}, line {number}: not a point {{"params": {{...}}, "at": "..."}}; restore the file'
         )
-    return point
+    return unsealed(point, f"{path}, line {number},")
 
 
 def _whole_lines(path: Path) -> int:

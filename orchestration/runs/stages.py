@@ -14,18 +14,21 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dsnet.dotted import flatten
 from dsnet.errors import CheckpointError
-from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
-from orchestration.runs.folder import RunDir
+from dsnet.files import file_sha256, known_sha256, plain_value, read_sealed, set_aside, understood, write_sealed
+from orchestration.runs.folder import CURVES, RunDir
 from orchestration.runs.manifest import Manifest, now_iso
 
 STAGE_FILE = "stage.json"
 DONE_FILE = "done"
+KEPT_FILES = (CURVES,)
+"""Outputs that are not made again when they are damaged, because the whole stage would have to run
+again: the stage stays done without them."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,23 @@ class StageRecord:
     status: str = "running"
     started_at: str = ""
     num_starts: int = 0
+    made_from: dict[str, str] = field(default_factory=dict)
+    """For each stage above, a SHA-256 of the weights or tables from which the result was made;
+    empty in records of earlier releases."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """An output of a finished stage that is not what the stage wrote."""
+
+    path: Path
+    name: str
+    """Relative to the stage's folder."""
+    reason: str
+    """The end of a sentence about the output."""
+
+    def __str__(self) -> str:
+        return f"output {self.name} {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +152,9 @@ class StageDir:
     """A stage's folder: `stage.json` from the start, `done` when its outputs are complete.
 
     A stage works inside the folder (the supernet resumes from its checkpoints there), so only the
-    marker, written last and atomically, shows that the outputs are complete.
+    marker, written last and atomically, shows that the outputs are complete. It holds size and
+    SHA-256 of every output. Outputs that were found damaged are listed there as lost until the
+    stage has made them again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,7 +169,8 @@ class StageDir:
         return self.path / DONE_FILE
 
     def begin(self, record: StageRecord) -> StageRecord:
-        """Create the folder, or continue in it; an earlier `done` marker is removed first.
+        """Create the folder, or continue in it; damaged outputs are set aside, and an earlier
+        `done` marker is removed first, unless it says which outputs are intact.
 
         Returns:
             The record as written: running, with its start time.
@@ -160,12 +183,14 @@ class StageDir:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.done_marker.unlink(missing_ok=True)
+            self.mend()
+            if self.done_marker.exists() and not self._lost():
+                self.done_marker.unlink()
         except OSError as error:
             raise CheckpointError(f"cannot prepare {self.path}: {error.strerror}.") from error
         num_starts = 1 + (earlier.num_starts if earlier else 0)
         started = replace(record, status="running", started_at=now_iso(), num_starts=num_starts)
-        atomic_write_json(self.stage_json, asdict(started))
+        write_sealed(self.stage_json, asdict(started))
         return started
 
     def finish(self, outputs: Sequence[Path], seconds: float) -> None:
@@ -182,10 +207,10 @@ class StageDir:
         for path in sorted(outputs):
             relative = path.relative_to(self.path).as_posix()
             files[relative] = {"bytes": _size(path), "sha256": file_sha256(path)}
-        atomic_write_json(self.done_marker, {"finished_at": now_iso(), "seconds": round(seconds, 3), "files": files})
+        write_sealed(self.done_marker, {"finished_at": now_iso(), "seconds": round(seconds, 3), "files": files})
         record = self.record()
         if record is not None:
-            atomic_write_json(self.stage_json, asdict(replace(record, status="done")))
+            write_sealed(self.stage_json, asdict(replace(record, status="done")))
 
     def record(self) -> StageRecord | None:
         """The content of stage.json; None if the stage never began.
@@ -195,52 +220,146 @@ class StageDir:
         """
         if not self.stage_json.exists():
             return None
-        try:
-            return StageRecord(**read_json(self.stage_json))
-        except TypeError as error:
-            raise CheckpointError(f"{self.stage_json} is not a stage record ({error}); delete its folder.") from error
+        content = read_sealed(self.stage_json)
+        with understood(self.stage_json):
+            return StageRecord(**content)
 
     def outputs(self) -> dict[str, Path]:
         """Paths of the finished stage's files by relative name; empty while it is not done."""
         return {name: self.path / name for name in self._marked_files()}
 
+    def intact_outputs(self) -> dict[str, Path]:
+        """Paths of the outputs that a stage need not make again, by relative name: those that are
+        intact while others of a finished stage were lost."""
+        damaged = {item.name for item in self.damage()}
+        return {name: path for name, path in self.outputs().items() if name not in damaged} if self._lost() else {}
+
     def seconds(self) -> float | None:
         """Wall-clock time of the finished work (of its last start); None while it is not done."""
-        return float(read_json(self.done_marker)["seconds"]) if self.done_marker.exists() else None
+        if not self.done_marker.exists():
+            return None
+        content = read_sealed(self.done_marker)
+        with understood(self.done_marker):
+            return float(content["seconds"])
 
     def is_done(self) -> bool:
-        """Whether the marker is there and every file that it lists has its recorded size."""
-        return self.done_marker.exists() and not self.damage()
+        """Whether the marker is there and every file that it lists is what the stage wrote."""
+        return self.is_marked() and not self.damage()
 
-    def damage(self) -> tuple[str, ...]:
-        """Why a marked stage cannot be trusted: outputs that are missing or have another size."""
+    def is_marked(self) -> bool:
+        """Whether the stage has finished, whatever became of its files since."""
+        return self.done_marker.exists() and not self._lost()
+
+    def damage(self) -> tuple[Damage, ...]:
+        """Outputs of a marked stage that are missing, or have another size or SHA-256 than was
+        recorded; each file is read once per process.
+
+        Raises:
+            CheckpointError: The marker is damaged.
+        """
         problems = []
         for name, facts in self._marked_files().items():
             path = self.path / name
+            with understood(self.done_marker):
+                size, sha256 = int(facts["bytes"]), str(facts["sha256"])
             if not path.is_file():
-                problems.append(f"output {name} is missing")
-            elif path.stat().st_size != facts["bytes"]:
-                problems.append(f"output {name} has {path.stat().st_size} bytes, not {facts['bytes']}")
+                problems.append(Damage(path, name, "is missing"))
+            elif path.stat().st_size != size:
+                problems.append(Damage(path, name, f"has {path.stat().st_size} bytes, not {size}"))
+            elif known_sha256(path) != sha256:
+                problems.append(Damage(path, name, "has another SHA-256 than its stage recorded"))
         return tuple(problems)
 
-    def check_hashes(self) -> None:
-        """Compare every output with its recorded sha256.
+    def check(self) -> None:
+        """Compare every output with its record.
 
         Raises:
-            CheckpointError: One differs, or is gone; the message names the file.
+            CheckpointError: One differs, or is missing; the message names the file.
         """
-        for name, facts in self._marked_files().items():
-            if file_sha256(self.path / name) != facts["sha256"]:
-                raise CheckpointError(
-                    f"{self.path / name} differs from what its stage wrote (sha256). "
-                    f"Delete {self.path} and launch again."
+        damage = self.damage()
+        if damage:
+            first, others = damage[0], [str(item.path) for item in damage[1:]]
+            also = f" (and so is it with {', '.join(others)})" if others else ""
+            raise CheckpointError(
+                f"{first.path} {first.reason}{also}: it is not what the stage wrote. Restore it from a copy; or launch the "
+                f"sweep again, which keeps the damaged file as {first.path.name}.damaged-1 and makes it again."
+            )
+
+    def mend(self) -> list[str]:
+        """Set damaged outputs aside, and list them as lost, so that the stage makes them again; a
+        damaged `done` or `stage.json` is set aside too. Only for the process that holds the run's
+        lock.
+
+        Returns:
+            What was found, a sentence per file.
+        """
+        told = []
+        for path, read, then in (
+            (self.stage_json, self.record, "written again"),
+            (self.done_marker, self.damage, "written again when the stage has run again from the files that it left"),
+        ):
+            try:
+                read()
+            except CheckpointError as error:
+                told.append(f"{error} It is kept as {set_aside(path).name}, and {then}")
+        damage = self.damage()
+        if not damage:
+            return told
+        content = read_sealed(self.done_marker)
+        for item in damage:
+            if item.name not in content["files"]:  # lost with the other part of its checkpoint
+                continue
+            kept = f"; it is kept as {set_aside(item.path).name}" if item.path.exists() else ""
+            facts = content["files"].pop(item.name)
+            if item.name in KEPT_FILES:
+                told.append(
+                    f"{item.path} {item.reason}{kept}. It cannot be made again without training again, so the report is "
+                    f"without it; to have it back, restore it from a copy before the next launch, or delete {self.path}"
                 )
+                continue
+            content.setdefault("lost", {})[item.name] = facts
+            told.append(f"{item.path} {item.reason}{kept}; it is made again")
+            # The JSON file of a checkpoint says that its tensors are complete.
+            meta = item.path.with_suffix(".json")
+            name = meta.relative_to(self.path).as_posix()
+            if item.path.suffix == ".safetensors" and name in content["files"]:
+                content["lost"][name] = content["files"].pop(name)
+                meta.unlink(missing_ok=True)
+        write_sealed(self.done_marker, content)
+        return told
+
+    def tensors_sha256(self) -> str | None:
+        """SHA-256 over those of all tensor files among the outputs; None if there are none."""
+        files = {name: facts["sha256"] for name, facts in self._marked_files().items() if name.endswith(".safetensors")}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest() if files else None
+
+    def recorded_sha256(self, name: str) -> str | None:
+        """The recorded SHA-256 of an output; None if the stage is not done or the record cannot be
+        read."""
+        try:
+            facts = self._marked_files().get(name, {})
+        except CheckpointError:  # `mend` sets the marker aside
+            return None
+        return facts.get("sha256")
+
+    def reopen(self) -> None:
+        """Remove the `done` marker, so that the stage continues."""
+        self.done_marker.unlink(missing_ok=True)
+
+    def _lost(self) -> dict[str, Any]:
+        """Outputs that were set aside and not made again yet, with their records."""
+        if not self.done_marker.exists():
+            return {}
+        content = read_sealed(self.done_marker)
+        with understood(self.done_marker):
+            return dict(content.get("lost", {}))
 
     def _marked_files(self) -> dict[str, dict[str, Any]]:
         if not self.done_marker.exists():
             return {}
-        files: dict[str, dict[str, Any]] = read_json(self.done_marker)["files"]
-        return files
+        content = read_sealed(self.done_marker)
+        with understood(self.done_marker):
+            return {str(name): dict(facts) for name, facts in dict(content["files"]).items()}
 
 
 def _size(path: Path) -> int:
@@ -299,7 +418,7 @@ def _plan_one(run: RunDir, record: StageRecord) -> StagePlan:
     if folder.is_done():
         return plan("done")
     if damage := folder.damage():
-        return plan("resume", *damage)
+        return plan("resume", *map(str, damage))
     if folder.record() is not None:
         return plan("resume", "it began but did not finish")
     earlier = newest_record(run.path / record.stage)
@@ -350,6 +469,23 @@ def _shown(value: Any) -> str:
     return value if value == "(absent)" else json.dumps(value, ensure_ascii=False)
 
 
+def mend_stages(run: RunDir) -> list[str]:
+    """Set aside the damaged outputs of the run's present stages, so that a launch makes them again.
+
+    Only for the process that holds the run's lock.
+
+    Returns:
+        What was found, a sentence per file.
+    """
+    manifest, told = Manifest(run.manifest_path), []
+    for name, entry in manifest.read()["stages"].items():
+        folder = StageDir(run.stage_dir(name, entry["key"]))
+        told += folder.mend()
+        if entry["status"] == "done" and not (folder.is_done() and folder.stage_json.exists()):
+            manifest.record_stage(name, {**entry, "status": "running", "seconds": None})
+    return told
+
+
 def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path]]) -> StageDir:
     """Run a planned stage unless it is done, and record it in its folder and in the manifest.
 
@@ -363,6 +499,7 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
         The stage's folder, done.
     """
     if plan.is_done:
+        check_origins(run, plan.folder)
         record_done(run, plan)
         return plan.folder
     begin_stage(run, plan)
@@ -370,6 +507,37 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
     outputs = work(plan.folder.path)
     finish_stage(run, plan, outputs, time.monotonic() - clock_start)
     return plan.folder
+
+
+def check_origins(run: RunDir, folder: StageDir) -> None:
+    """Compare the weights and tables above a stage with those from which it was made: a damaged
+    supernet that was trained again may have other bits on a GPU, or on another processor.
+
+    Raises:
+        CheckpointError: they differ; the message names the folders to delete.
+    """
+    record = folder.record()
+    if record is None:
+        return
+    now = _origins(run, record)
+    for name, sha256 in record.made_from.items():
+        if name in now and now[name] != sha256:
+            raise CheckpointError(
+                f"{folder.path}: was made from other files than the {name} stage has now; that stage was made again, with other "
+                f"bits, on this machine. Restore the {name} stage from a copy, or delete {folder.path} and launch again."
+            )
+
+
+def _origins(run: RunDir, record: StageRecord) -> dict[str, str]:
+    """SHA-256 of the weights and tables of all stages above one that are complete."""
+    origins: dict[str, str] = {}
+    for name, key in record.parent_keys.items():
+        parent = StageDir(run.stage_dir(name, key))
+        above = parent.record()
+        origins |= {} if above is None else _origins(run, above)
+        sha256 = parent.tensors_sha256() if parent.is_marked() else None
+        origins |= {} if sha256 is None else {name: sha256}
+    return origins
 
 
 def begin_stage(run: RunDir, plan: StagePlan) -> None:
@@ -380,8 +548,9 @@ def begin_stage(run: RunDir, plan: StagePlan) -> None:
         CheckpointError: an output of a stage that it reads is not what that stage wrote.
     """
     for parent, key in plan.record.parent_keys.items():
-        StageDir(run.stage_dir(parent, key)).check_hashes()
-    started = plan.folder.begin(plan.record)
+        StageDir(run.stage_dir(parent, key)).check()
+    check_origins(run, plan.folder)
+    started = plan.folder.begin(replace(plan.record, made_from=_origins(run, plan.record)))
     Manifest(run.manifest_path).record_stage(plan.name, _manifest_entry(run, plan, "running", started.started_at, None))
 
 
@@ -396,7 +565,11 @@ def record_done(run: RunDir, plan: StagePlan) -> None:
     return to an earlier configuration."""
     manifest = Manifest(run.manifest_path)
     record = plan.folder.record()
-    started_at = record.started_at if record else ""
+    if record is None:  # it was lost; everything in it but the time of the start is known
+        began = manifest.read()["stages"].get(plan.name, {}).get("started_at", "")
+        record = replace(plan.record, status="done", started_at=began, num_starts=1)
+        write_sealed(plan.folder.stage_json, asdict(record))
+    started_at = record.started_at
     entry = _manifest_entry(run, plan, "done", started_at, plan.folder.seconds())
     if manifest.read()["stages"].get(plan.name) != entry:
         manifest.record_stage(plan.name, entry)

@@ -8,17 +8,18 @@ points file and the report.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.errors import ConfigError, DsnetError, NotFoundError, NothingFeasibleError, StoppedError
-from dsnet.files import atomic_write_json, read_json
+from dsnet.errors import CheckpointError, ConfigError, DsnetError, NotFoundError, NothingFeasibleError, StoppedError
+from dsnet.files import read_sealed, write_sealed
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
@@ -42,9 +43,9 @@ from orchestration.pipeline.launch import (
     write_outputs,
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
-from orchestration.pipeline.search import refuse_impossible_layout, search_stage, trials_left
+from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
 from orchestration.pipeline.structure import structure_stage
-from orchestration.pipeline.supernet import done_sentence
+from orchestration.pipeline.supernet import done_sentence, supernet_outputs
 from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.preparation import Images, Prepared, load_images
 from orchestration.progress import Bar, FiledProgress, ProgressView, Task
@@ -274,7 +275,7 @@ class _SupernetsLaunch:
         assert first is not None
         for warning in dict.fromkeys(text for item in usable.values() for text in _prepared(item).warnings()):
             progress.warn(warning)
-        manifest = write_facts(replace(first, config=config), run)
+        manifest = write_facts(replace(first, config=config), run, progress.warn)
         records = _MemberRecords(run, members)
         study = SupernetStudy.open(run, config, records.entries)
         trackers = TreeTrackers(config, run)
@@ -283,7 +284,7 @@ class _SupernetsLaunch:
         parent = sweep_row(manifest.read(), run, config)
         tracker.parent(parent)
         tracker.datasets(data_rows(manifest.read()))
-        manifests = {name: write_facts(_prepared(member), member.run) for name, member in usable.items()}
+        manifests = {name: write_facts(_prepared(member), member.run, progress.warn) for name, member in usable.items()}
         opened = {name: RunResults(member.run, member.config) for name, member in usable.items()}
         results = SupernetSweepResults(run, opened)
         stack.enter_context(closing_tracker(run, tracker, progress, lambda: supernets_end_ms(results)))
@@ -398,7 +399,7 @@ class _SupernetsLaunch:
         if known.keys() != self.members.keys():
             return True
         return any(
-            trials_left(self.launches[name].run, plans[name]["search"], self.launches[name].config) > 0
+            needs_workers(self.launches[name].run, plans[name]["search"], self.launches[name].config)
             for name, fate in known.items()
             if fate.state == "trained"
         )
@@ -604,7 +605,7 @@ class _TrainingListener:
         self._begin(name)
         seconds = time.monotonic() - self._began_s[name]
         stem = plan.folder.path / FINAL
-        finish_stage(work.run, plan, [stem.with_name(stem.name + end) for end in (".safetensors", ".json")], seconds)
+        finish_stage(work.run, plan, supernet_outputs(stem), seconds)
 
     def _begin(self, name: str) -> None:
         if name in self._began_s:
@@ -734,9 +735,12 @@ def _gate_json(gate: GateId) -> dict[str, object]:
 
 
 def _write_changed(path: Path, content: dict[str, object]) -> None:
-    """Write a JSON file if it is missing or has other content."""
-    if not path.is_file() or read_json(path) != content:
-        atomic_write_json(path, content)
+    """Write a sealed JSON file if it is missing, damaged, or has other content."""
+    plain = json.loads(json.dumps(content))
+    with suppress(CheckpointError):  # a damaged file is replaced: all of it is known
+        if path.is_file() and read_sealed(path) == plain:
+            return
+    write_sealed(path, plain)
 
 
 def _told(settings: Mapping[str, object]) -> str:

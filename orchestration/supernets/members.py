@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from dashboards.supernet_names import with_settings
 from dsnet.errors import CheckpointError, ConfigError, DsnetError
-from dsnet.files import atomic_write_json, read_json
+from dsnet.files import read_sealed, understood, write_sealed
 from orchestration.config.distribution import Distribution
 from orchestration.config.resolve import gate_space, supernet_space
 from orchestration.config.space import supernet_with
@@ -226,15 +226,16 @@ def read_entries(run: RunDir, *, everything: bool = False) -> tuple[MemberEntry,
     """
     if not run.supernets_json.is_file():
         return ()
-    content = read_json(run.supernets_json)
-    if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
+    content = read_sealed(run.supernets_json)
+    if content.get("schema") != _SCHEMA:
         raise CheckpointError(
             f"{run.supernets_json}: not the members of a sweep of supernets as this release writes them; launch again under another name"
         )
-    entries = [MemberEntry.from_json(item) for item in content["members"]]
-    if everything:
-        entries += [MemberEntry.from_json(item) for item in content["earlier"]]
-    return tuple(entries)
+    with understood(run.supernets_json):
+        entries = [MemberEntry.from_json(item) for item in content["members"]]
+        if everything:
+            entries += [MemberEntry.from_json(item) for item in content["earlier"]]
+        return tuple(entries)
 
 
 def write_entries(run: RunDir, entries: Sequence[MemberEntry]) -> None:
@@ -248,5 +249,5 @@ def write_entries(run: RunDir, entries: Sequence[MemberEntry]) -> None:
         "earlier": [asdict(entry) for entry in earlier],
     }
     text = json.loads(json.dumps(content, default=list))
-    if not run.supernets_json.is_file() or read_json(run.supernets_json) != text:
-        atomic_write_json(run.supernets_json, text)
+    if not run.supernets_json.is_file() or read_sealed(run.supernets_json) != text:
+        write_sealed(run.supernets_json, text)

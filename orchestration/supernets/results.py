@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsnet.errors import NotFoundError
-from dsnet.files import read_json
+from dsnet.files import read_sealed, understood
 from orchestration.config.export import gate_picks
-from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.gate_id import GateId
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults, refuse_unreadable, refuse_unusable
+from orchestration.results.stored_config import stored_config
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.supernets.members import MemberEntry, read_entries
@@ -59,7 +59,7 @@ class SupernetSweepResults:
     @cached_property
     def config(self) -> SweepConfig:
         """The resolved configuration of the last launch."""
-        return load_config(self.run.sweep_yaml).config
+        return stored_config(self.run, self.manifest)
 
     @cached_property
     def entries(self) -> tuple[MemberEntry, ...]:
@@ -164,7 +164,9 @@ class SupernetSweepResults:
         """The gates that the last launch chose to run on `test`; empty if it has not chosen yet."""
         if not self.run.front_json.is_file():
             return ()
-        return tuple(GateId(item["supernet"], item["slot"]) for item in _read(self.run.front_json)["sample"])
+        content = read_sealed(self.run.front_json)
+        with understood(self.run.front_json):
+            return tuple(GateId(item["supernet"], item["slot"]) for item in content["sample"])
 
     @property
     def is_verified(self) -> bool:
@@ -250,9 +252,3 @@ def results_at(run: RunDir) -> Results:
         NotFoundError: there is no such run.
     """
     return SupernetSweepResults(run) if run.supernets_json.is_file() else RunResults(run)
-
-
-def _read(path: Any) -> Mapping[str, Any]:
-    content = read_json(path)
-    assert isinstance(content, dict)
-    return content

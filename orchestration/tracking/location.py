@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dsnet.errors import ConfigError
-from orchestration.config.loading import load_config
 from orchestration.config.store_uri import URI_VARIABLE, absolute_uri, uri_of_environment, uri_problem
 from orchestration.config.sweep import SweepConfig
+from orchestration.results.stored_config import stored_config
 from orchestration.runs.folder import RUN_NAME, RunDir, mlflow_store_uri
+from orchestration.runs.manifest import Manifest
 
 
 def store_uri(config: SweepConfig, run: RunDir) -> str:
@@ -20,10 +21,14 @@ def store_uri(config: SweepConfig, run: RunDir) -> str:
         PreflightError: the runs folder's path cannot be written in a database URI.
     """
     whole = whole_sweep(run)
-    uri = config.tracking.uri if whole is run else load_config(whole.sweep_yaml).config.tracking.uri
+    uri = config.tracking.uri if whole is run else _config_of(whole).tracking.uri
     if uri is None and (uri := uri_of_environment()) is not None and (problem := uri_problem(uri)) is not None:
         raise ConfigError(f"${URI_VARIABLE}: {problem}")
     return mlflow_store_uri(whole.root) if uri is None else absolute_uri(uri)
+
+
+def _config_of(run: RunDir) -> SweepConfig:
+    return stored_config(run, Manifest(run.manifest_path).read())
 
 
 def whole_sweep(run: RunDir) -> RunDir:

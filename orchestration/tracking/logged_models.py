@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import dsnet
 from dsnet.deploy.layout import MANIFEST
 from dsnet.dotted import flatten
-from dsnet.files import read_json
+from dsnet.files import read_object
 from orchestration.tracking.protocol import TrackedBundle
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class _Content:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        manifest = read_json(path / MANIFEST)
+        manifest = read_object(path / MANIFEST)
         facts = {"family": manifest["spec"]["family"], "router": manifest["router"]["kind"]}
         claims = {name: manifest["claims"][name] for name in ("val", "test") if name in manifest["claims"]}
         numbers = {name: value for name, value in flatten(claims).items() if not isinstance(value, list)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, percent, router_name, significant
-from dsnet.files import read_json
+from dsnet.files import read_stored
 from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.structure.stage import BASES
 from dsnet.training.supernet import FINAL
@@ -187,7 +187,7 @@ def write_structure(tracker: Tracker, results: RunResults) -> None:
     if folder is None:
         return
     for meta in sorted((folder / BASES).glob(f"*/{FINAL}.json")):
-        training = SupernetRun.from_json(read_json(meta)["run"])
+        training = read_stored(meta, lambda content: SupernetRun.from_json(content["run"]))
         for is_done in (False, True):
             row = base_row(results.manifest, results.run, meta.parent.name, training, is_done=is_done)
             tracker.supernet(row)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsnet.arithmetic import arithmetic_facts
-from dsnet.files import atomic_write_json, read_json
+from dsnet.errors import CheckpointError
+from dsnet.files import read_sealed, set_aside, write_sealed
 from search.gate_check import Finding
 from search.study.runner import CohortFunction
 
@@ -65,7 +67,7 @@ class ArithmeticReport:
 
     def _compare_with_the_beginning(self, digest: str) -> None:
         now = {"version": VERSION, "digest": digest, **arithmetic_facts()}
-        begun = read_json(self._path) if self._path.exists() else now
+        begun = self._begun() or now
         if begun.get("version") != VERSION:
             begun = now
         if begun["digest"] != digest:
@@ -74,7 +76,18 @@ class ArithmeticReport:
                 f"MKL_CBWR, which was {begun['mkl_cbwr']} and is {now['mkl_cbwr']}): further trials may differ from those "
                 "of an uninterrupted search"
             )
-        atomic_write_json(self._path, begun)
+        write_sealed(self._path, begun)
+
+    def _begun(self) -> dict[str, Any] | None:
+        """What the beginning of the search wrote; None if there is nothing, or it is damaged."""
+        if not self._path.exists():
+            return None
+        try:
+            return read_sealed(self._path)
+        except CheckpointError as error:
+            kept = set_aside(self._path).name
+            self._tell(f"search: {error} It is kept as {kept}; this machine is taken for the one that began the search")
+            return None
 
     def _tell(self, text: str) -> None:
         if text not in self._told:

@@ -17,7 +17,7 @@ from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.settings import Augmentation
 from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.errors import DsnetError, PreflightError, StoppedError
-from dsnet.files import atomic_write_json, read_json
+from dsnet.files import atomic_write_json, read_object
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
@@ -101,7 +101,7 @@ def train_on_ray(
         on_points(tail.read())
         shutil.rmtree(job.folder / "ray", ignore_errors=True)
     if outcome.exists():
-        _raise_outcome(read_json(outcome))
+        _raise_outcome(read_object(outcome))
     if should_stop():
         raise StoppedError("training was stopped; its checkpoints are kept")
     if failures:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsnet.errors import CheckpointError
+from dsnet.files import parse_json, sealed, unsealed
 
 FateState = Literal["trained", "stopped", "failed"]
 _STATES = ("trained", "stopped", "failed")
@@ -112,7 +113,7 @@ class Ledger:
         Raises:
             CheckpointError: the disk is full, or the folder cannot be written.
         """
-        line = (json.dumps({"event": type(event).__name__.lower(), **vars(event)}, allow_nan=False) + "\n").encode()
+        line = (json.dumps(sealed({"event": type(event).__name__.lower(), **vars(event)})) + "\n").encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
@@ -138,10 +139,10 @@ class Ledger:
 
     def _parsed(self, line: bytes, number: int) -> Report | End:
         try:
-            fields = json.loads(line)
+            fields = unsealed(parse_json(line, "it"), "it")
             kind = {"report": Report, "end": End}[fields.pop("event")]
             event: Report | End = kind(**fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.path}: line {number} is no report of a supernet ({error}); the file was edited. "
                 "Restore it, or remove it; the scheduler then decides again"

@@ -33,7 +33,7 @@ from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import TrainingImages
 from dsnet.errors import ConfigError, DsnetError, NonFiniteLossError, PreflightError, StoppedError
-from dsnet.files import atomic_write_json, read_json
+from dsnet.files import atomic_write_json, read_stored
 from dsnet.measure.evaluate import EVALUATION_BATCH
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.precision import exact_float32
@@ -416,8 +416,7 @@ def _outcome_of(job: SupernetJob) -> Outcome | None:
 
     outcome = job.folder / OUTCOME
     if outcome.exists():
-        record = read_json(outcome)
-        return Outcome("failed", record["message"], record["is_lasting"])
+        return read_stored(outcome, lambda record: Outcome("failed", record["message"], record["is_lasting"]))
     if _final_json(job).exists():
         return Outcome("trained")
     return None

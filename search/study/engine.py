@@ -52,8 +52,9 @@ from search.suggest.samplers import (
 from search.suggest.space import Scalar, suggest
 
 StopReason = Literal["trials", "time", "stop", "plateau", "target", "space"]
-SaveArrays = Callable[[int, Mapping[str, NDArray[Any]]], None]
-"""Function that stores a slot's arrays. It is called before the trial is recorded, so that a
+SaveArrays = Callable[[int, Mapping[str, NDArray[Any]]], str | None]
+"""Function that stores a slot's arrays and returns the SHA-256 of the file, which is kept in the
+trial's record; None if there are no arrays. It is called before the trial is recorded, so that a
 recorded trial always has its arrays; after a kill it may be called again for the same slot and must
 replace them."""
 Queue = Callable[[], Sequence[Mapping[str, Scalar]]]
@@ -151,8 +152,9 @@ class ProgressInMemory:
         self._kept.pop(slot, None)
 
 
-def keep_no_arrays(slot: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+def keep_no_arrays(slot: int, arrays: Mapping[str, NDArray[Any]]) -> str | None:
     """A `SaveArrays` that discards the arrays."""
+    return None
 
 
 def never() -> bool:
@@ -270,14 +272,25 @@ class Search:
         records = self._run_at_once(waiting) if halving is None else self._run_by_rungs(halving, first_slot, waiting)
         with closing(records):
             for record, arrays in records:
-                self._record(waiting[record.slot], record, arrays)
+                record = self._recorded(waiting[record.slot], record, arrays)
                 mirror.tell(record)
                 yield record
 
-    def _record(self, suggestion: Suggestion, record: TrialRecord, arrays: Mapping[str, NDArray[Any]]) -> None:
-        self.save_arrays(record.slot, {name: array for name, array in arrays.items() if not name.startswith(PROGRESS)})
+    def _recorded(self, suggestion: Suggestion, record: TrialRecord, arrays: Mapping[str, NDArray[Any]]) -> TrialRecord:
+        """Store a trial's arrays, then its record; returns the record as it is stored."""
+        kept = {name: array for name, array in arrays.items() if not name.startswith(PROGRESS)}
+        record = replace(record, arrays_sha256=self.save_arrays(record.slot, kept))
         self.journal.append(suggestion, record)
         self.progress.forget(record.slot)
+        return record
+
+    def rerun(self, records: Sequence[TrialRecord]) -> Generator[tuple[TrialRecord, TrialOutcome], None, None]:
+        """Run recorded trials again from their start, with their own seeds; the study does not
+        change. Yields each record with its outcome, as they come."""
+        by_slot = {record.slot: record for record in records}
+        with closing(self.runner.run(self._specs(by_slot))) as outcomes:
+            for outcome in outcomes:
+                yield by_slot[outcome.slot], outcome
 
     def _run_at_once(self, suggestions: Mapping[int, Suggestion]) -> Generator[_RecordWithArrays, None, None]:
         """Run trials from start to end; yields their records in slot order, each as early as
@@ -426,7 +439,7 @@ class Search:
             for outcome in outcomes:
                 suggestion = asked.pop(outcome.slot)
                 record = self._judge(outcome, suggestion, len(journal.trials()))
-                self._record(suggestion, record, outcome.arrays)
+                record = self._recorded(suggestion, record, outcome.arrays)
                 mirror.tell(record)
                 limits.add(record)
                 self.observer.on_trial(record)
@@ -438,7 +451,10 @@ class Search:
         return reason
 
     def _specs(
-        self, suggestions: Mapping[int, Suggestion], until: int | None = None, before: int | None = None
+        self,
+        suggestions: Mapping[int, Suggestion] | Mapping[int, TrialRecord],
+        until: int | None = None,
+        before: int | None = None,
     ) -> list[TrialSpec]:
         seed = self.journal.settings.seed
         return [

@@ -21,6 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dsnet.errors import PreflightError
+from search.study.journal_chain import ChainWriter, chain_path, journal_state
 from search.study.runner import State
 from search.study.study import Objective, repair_journal
 from search.suggest.samplers import quiet_optuna
@@ -72,6 +73,7 @@ class MergedStudy:
         self._study = study
         self.origins = [str(trial.user_attrs["origin"]) for trial in study.get_trials(deepcopy=False)]
         self._known = set(self.origins)
+        self._chain = ChainWriter(path)
 
     @classmethod
     def open(
@@ -97,11 +99,16 @@ class MergedStudy:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if journal_state(path).damage is not None:  # all of it is derived again
+                path.unlink(missing_ok=True)
+            if not path.exists():
+                chain_path(path).unlink(missing_ok=True)
             repair_journal(path)
             study = _existing(path)
             identity = _identity(objectives, distributions)
             if study is None or study.user_attrs.get(_IDENTITY_ATTR) != identity:
                 path.unlink(missing_ok=True)
+                chain_path(path).unlink(missing_ok=True)
                 study = _created(path, name, objectives, identity)
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -117,6 +124,7 @@ class MergedStudy:
             return False
         try:
             self._study.add_trial(_frozen(trial, self._distributions))
+            self._chain.catch_up()
         except OSError as error:
             raise _unwritable(self._path, error) from error
         self.origins.append(trial.origin)

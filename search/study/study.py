@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
 from search.study.halving import ParetoHalving
+from search.study.journal_chain import MARK, ChainWriter, chain_path, check_journal
 from search.study.runner import State
 from search.suggest.samplers import SamplerSettings, check_sampler, quiet_optuna
 from search.suggest.space import Scalar, Space, check_point, parse_space
@@ -34,6 +35,7 @@ _IDENTITY_ATTR = "dsnet_study"
 _IDENTITY_VERSION = 2
 _ENQUEUED_ATTR = "dsnet_enqueued"
 _RUNG_ATTR = "dsnet_rung"
+_ARRAYS_ATTR = "dsnet_arrays"
 _STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "complete",
     TrialState.FAIL: "failed",
@@ -128,6 +130,8 @@ class TrialRecord:
         constraints: constraint values by name; a constraint holds where its value is <= 0.
         finished_ms: Unix time in ms at which its record was made.
         rungs: for a trial in stages, values of the objectives at each rung that it reached.
+        arrays_sha256: SHA-256 of the file with the arrays that it returned; None if it returned
+            none, or in studies of earlier releases.
     """
 
     slot: int
@@ -141,6 +145,7 @@ class TrialRecord:
     constraints: Mapping[str, float] = field(default_factory=dict)
     finished_ms: int = 0
     rungs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    arrays_sha256: str | None = None
 
     @property
     def is_feasible(self) -> bool:
@@ -193,18 +198,22 @@ class StudyJournal:
         self._study = study
         noted = study.user_attrs.get(_ENQUEUED_ATTR, {})
         self._enqueued: dict[int, dict[str, Scalar]] = {int(slot): point for slot, point in noted.items()}
+        self._chain = ChainWriter(path)
 
     @classmethod
     def open(cls, path: Path, settings: StudySettings) -> StudyJournal:
-        """Open the study at `path`, or create it; an incomplete last record is removed first.
+        """Open the study at `path`, or create it; an incomplete last record is removed first. Every
+        record that is written is also recorded in a chain beside it (`journal_chain`).
 
         Only for the process that holds the run's lock.
 
         Raises:
             ConfigError: the existing study was made with other settings.
-            CheckpointError: the file is not a journal of ours.
+            CheckpointError: the file is not a journal of ours, or records of it are missing or were
+                changed.
             PreflightError: it cannot be written.
         """
+        check_journal(path)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             repair_journal(path)
@@ -213,7 +222,7 @@ class StudyJournal:
             study = _load_or_create(storage, settings)
             settings = _with_order_of_study(study, settings)
             _check_identity(study, path, settings)
-        return cls(path, settings, study)
+            return cls(path, settings, study)
 
     def trials(self) -> list[FrozenTrial]:
         """All finished trials as Optuna's objects, in the order of their numbers; not copies, and
@@ -222,7 +231,7 @@ class StudyJournal:
 
     def records(self) -> list[TrialRecord]:
         """All finished trials in slot order."""
-        return _by_slot(self.trials())
+        return _by_slot(self.trials(), self._study.user_attrs)
 
     def append(self, suggestion: Suggestion, record: TrialRecord) -> None:
         """Write a finished trial as one record; it is on disk when this returns.
@@ -241,7 +250,7 @@ class StudyJournal:
             raise ValueError(
                 f"slot {record.slot} was to be written as trial number {number}: slots are written in order"
             )
-        with _writing(self._path):
+        with self._recording():
             self._study.add_trial(_frozen(suggestion, record))
 
     @property
@@ -252,7 +261,7 @@ class StudyJournal:
     def note_enqueued(self, points: Mapping[int, Mapping[str, Scalar]]) -> None:
         """Assign points to slots permanently; the assignment is on disk when this returns."""
         noted = self._enqueued | {slot: dict(point) for slot, point in points.items()}
-        with _writing(self._path):
+        with self._recording():
             self._study.set_user_attr(_ENQUEUED_ATTR, {str(slot): point for slot, point in noted.items()})
         self._enqueued = noted
 
@@ -265,8 +274,21 @@ class StudyJournal:
     def note_stage(self, first_slot: int, rung: int, stages: Mapping[int, RungRecord]) -> None:
         """Store the results of a cohort's trials at a rung; they are on disk when this returns."""
         noted = {str(slot): asdict(stage) for slot, stage in stages.items()}
-        with _writing(self._path):
+        with self._recording():
             self._study.set_user_attr(f"{_RUNG_ATTR}:{first_slot}:{rung}", noted)
+
+    def note_arrays(self, slot: int, sha256: str) -> None:
+        """Store the SHA-256 of arrays of a recorded trial that were made again with other bits."""
+        noted = {**self._study.user_attrs.get(_ARRAYS_ATTR, {}), str(slot): sha256}
+        with self._recording():
+            self._study.set_user_attr(_ARRAYS_ATTR, noted)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Context manager for writing a record of the journal and, at its end, of the chain."""
+        with _writing(self._path):
+            yield
+            self._chain.catch_up()
 
 
 def load_records(path: Path) -> list[TrialRecord]:
@@ -276,8 +298,10 @@ def load_records(path: Path) -> list[TrialRecord]:
 
     Raises:
         NotFoundError: the file does not exist.
-        CheckpointError: the file is not a journal of ours.
+        CheckpointError: the file is not a journal of ours, or records of it are missing or were
+            changed.
     """
+    check_journal(path)
     if not path.is_file():
         raise NotFoundError(f"no study at {path}: the search has not begun; launch the sweep first")
     with _reading(path):
@@ -288,7 +312,13 @@ def load_records(path: Path) -> list[TrialRecord]:
     trials = storage.get_all_trials(studies[0]._study_id, deepcopy=False)
     if trials and _IDENTITY_ATTR not in studies[0].user_attrs:
         raise _foreign(path)
-    return _by_slot(trials)
+    with _reading(path):
+        return _by_slot(trials, studies[0].user_attrs)
+
+
+def has_study(path: Path) -> bool:
+    """Whether there is a study at `path`, even if its journal was lost."""
+    return path.exists() or chain_path(path).exists()
 
 
 def load_enqueued(path: Path) -> dict[int, dict[str, Scalar]]:
@@ -296,8 +326,9 @@ def load_enqueued(path: Path) -> dict[int, dict[str, Scalar]]:
     no lock.
 
     Raises:
-        CheckpointError: the file is not a journal.
+        CheckpointError: the file is not a journal, or records of it are missing or were changed.
     """
+    check_journal(path)
     with _reading(path):
         storage = JournalStorage(JournalFileBackend(str(path)))
     studies = storage.get_all_studies()
@@ -305,8 +336,11 @@ def load_enqueued(path: Path) -> dict[int, dict[str, Scalar]]:
     return {int(slot): point for slot, point in noted.items()}
 
 
-def _by_slot(trials: Sequence[FrozenTrial]) -> list[TrialRecord]:
-    return sorted((record_of(trial) for trial in trials), key=lambda record: record.slot)
+def _by_slot(trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]) -> list[TrialRecord]:
+    noted = {int(slot): str(sha256) for slot, sha256 in attrs.get(_ARRAYS_ATTR, {}).items()}
+    records = [record_of(trial) for trial in trials]
+    again = [replace(each, arrays_sha256=noted[each.slot]) if each.slot in noted else each for each in records]
+    return sorted(again, key=lambda record: record.slot)
 
 
 def repair_journal(path: Path) -> int:
@@ -347,6 +381,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
         constraints=trial.constraints,
         finished_ms=0 if trial.datetime_complete is None else round(1000 * trial.datetime_complete.timestamp()),
         rungs={int(rung): tuple(values) for rung, values in attrs.get("rungs", {}).items()},
+        arrays_sha256=attrs.get("arrays_sha256"),
     )
 
 
@@ -368,6 +403,7 @@ def _frozen(suggestion: Suggestion, record: TrialRecord) -> FrozenTrial:
             "reason": record.reason,
             "duration_s": record.duration_s,
             **({"rungs": rungs} if rungs else {}),
+            **({} if record.arrays_sha256 is None else {"arrays_sha256": record.arrays_sha256}),
             # For tools that do not show named constraints, such as optuna-dashboard.
             **({"feasible": record.is_feasible} if record.constraints else {}),
         },
@@ -426,7 +462,12 @@ def _check_identity(study: optuna.Study, path: Path, settings: StudySettings) ->
             raise _foreign(path)
         with quiet_optuna():
             study.set_metric_names([objective.name for objective in settings.objectives])
-        note = {"version": _IDENTITY_VERSION, "optuna": optuna.__version__, "space": dict(settings.space.written)}
+        note = {
+            "version": _IDENTITY_VERSION,
+            "optuna": optuna.__version__,
+            "space": dict(settings.space.written),
+            MARK: True,
+        }
         study.set_user_attr(_IDENTITY_ATTR, note | settings.identity())
         return
     for key, value in settings.identity().items():
@@ -459,7 +500,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Context manager that turns Optuna's errors on invalid lines into a CheckpointError."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not a readable Optuna journal ({error}); restore it, or move it away to start anew"
         ) from error

@@ -19,10 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dsnet.files import file_sha256
 from orchestration.cli import main
 from orchestration.progress import Bar, Task
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 from tests.hostile import REPOSITORY, write_hostile_modules
 
 ONLY_BUNDLES = "export: {formats: [bundle]}\n"
@@ -306,6 +308,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def record_config(path: Path) -> None:
+    """Make the run's record fit its changed sweep.yaml, as a launch of the changed file would."""
+    Manifest(path.with_name("manifest.json")).update(sweep_sha256=[file_sha256(path)])
 
 
 TIMES = "latency_ms"

@@ -22,7 +22,6 @@ from dsnet.deploy.bundle import (
     MANIFEST,
     Bundle,
     BundleContents,
-    _manifest_digest,
     check_bundle_examples,
     check_bundle_files,
     load_bundle,
@@ -31,7 +30,7 @@ from dsnet.deploy.bundle import (
 )
 from dsnet.deploy.engines import TORCH
 from dsnet.errors import CheckpointError, DataError, DsnetError, PreflightError, VerificationError
-from dsnet.files import file_sha256
+from dsnet.files import file_sha256, own_digest
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
@@ -314,6 +313,33 @@ def test_a_bundle_without_examples_is_no_crash(tmp_path: Path) -> None:
     assert verify(tmp_path / "bundle") == 0
 
 
+def test_a_bundle_whose_examples_have_no_images_or_others_is_refused(folder: Path) -> None:
+    stored = load_tensors(folder / "examples.safetensors")
+    for images in (None, random_pixels(4)[:, :, :8]):
+        tensors = {name: value for name, value in stored.items() if name != "images"}
+        if images is not None:
+            tensors["images"] = images.contiguous()
+        sha256 = save_tensors(folder / "examples.safetensors", tensors)
+        edit(lambda m, sha256=sha256: m["files"].update({"examples.safetensors": sha256}))(folder)
+        rehash(folder)
+        with pytest.raises(
+            VerificationError, match=r"examples\.safetensors: holds .* but the bundle takes \[3, 16, 16\]"
+        ):
+            verify(folder)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [[3, 10**9, 10**9], [3, 16], [1, 16, 16], [3, 0, 16], [3, 16.5, 16], [3, "16", 16], "3", 3, [3, 16, 10**30]],
+    ids=str,
+)
+def test_an_impossible_shape_of_images_is_refused_when_the_bundle_is_loaded(folder: Path, shape: object) -> None:
+    edit(lambda m: m.update(image_shape=shape))(folder)
+    rehash(folder)
+    with pytest.raises(CheckpointError, match=r"bundle\.json.* export (it|the bundle) again"):
+        load_bundle(folder)
+
+
 def test_a_recorded_route_holds_where_rounding_decides_and_its_logits_must_still_agree(tmp_path: Path) -> None:
     supernet = small_supernet()
     router = gate(supernet)
@@ -357,7 +383,7 @@ def test_a_recorded_route_behind_an_undecided_confidence_holds_whether_it_stoppe
 
 def rehash(folder: Path) -> None:
     """Make the manifest consistent again, as after an export by hand."""
-    edit(lambda m: m.update(sha256=_manifest_digest(m)))(folder)
+    edit(lambda m: m.update(sha256=own_digest(m)))(folder)
 
 
 def test_a_consistent_bundle_that_computes_something_else_fails_its_examples(folder: Path) -> None:

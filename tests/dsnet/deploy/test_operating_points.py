@@ -19,7 +19,6 @@ from dsnet.deploy.bundle import (
     MANIFEST,
     Bundle,
     BundleContents,
-    _manifest_digest,
     check_bundle_examples,
     check_bundle_files,
     load_bundle,
@@ -28,6 +27,7 @@ from dsnet.deploy.bundle import (
 from dsnet.deploy.materialize import materialize
 from dsnet.deploy.operating_points import LATENCY_CLAIM, OperatingPoint, OperatingPoints
 from dsnet.errors import CheckpointError, ConfigError, DsnetError, NotFoundError, VerificationError
+from dsnet.files import own_digest
 from dsnet.network.supernet import Supernet
 from dsnet.routers.fixed import FixedRouter
 from dsnet.routing.table_routing import run_on_table, static_run
@@ -328,7 +328,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest and make it consistent again."""
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": _manifest_digest(manifest)}))
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": own_digest(manifest)}))
 
 
 def rewrite_tensors(folder: Path, file: str, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -364,7 +364,9 @@ def test_missing_parts_of_a_point_are_refused(gates_folder: Path) -> None:
 @pytest.mark.parametrize("part", ["name", "router", "claims"])
 def test_an_incomplete_point_is_refused(gates_folder: Path, part: str) -> None:
     rewrite(gates_folder, lambda manifest: manifest["points"][1].pop(part))
-    with pytest.raises(CheckpointError, match=f"incomplete or inconsistent .*{part}.*export it again"):
+    with pytest.raises(
+        CheckpointError, match=f"does not hold what this release writes there .*{part}.*export it again"
+    ):
         load_bundle(gates_folder)
 
 

@@ -183,24 +183,30 @@ def test_a_truncated_final_checkpoint_is_noticed_by_whoever_reads_it(finished: F
     plan = call(folder, "plan", SWEEP, "--dry", "--json").json
     assert next(stage for stage in plan["stages"] if stage["stage"] == "supernet")["status"] == "resume"
     answer = call(folder, "export", "tiny")
-    assert answer.code == 9
-    assert problems_of_message(answer, ["supernet", "dsnet-orch launch"]) == []
+    assert answer.code == 3
+    assert problems_of_message(answer, ["final.safetensors", "launch the sweep again"]) == []
 
 
-def test_a_checkpoint_with_one_other_byte_is_refused_by_its_hash(finished: Finished, tmp_path: Path) -> None:
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_checkpoint_with_one_other_byte_is_refused_by_its_hash_and_made_again(
+    finished: Finished, tmp_path: Path
+) -> None:
     folder = finished.copy(tmp_path)
     results = results_in(folder)
     path = results.run.stage_dir("supernet", results.done_key("supernet")) / "final.safetensors"
-    content = bytearray(path.read_bytes())
+    whole = path.read_bytes()
+    content = bytearray(whole)
     content[-1] ^= 1
     path.write_bytes(content)
-    parts = ["final.safetensors", "SHA-256"]
-    answer = call(folder, "launch", SWEEP, *WITHOUT_MLFLOW)
-    assert answer.code == 3
-    assert problems_of_message(answer, parts) == []
     answer = call(folder, "export", "tiny")
     assert answer.code == 3
-    assert problems_of_message(answer, parts) == []
+    assert problems_of_message(answer, ["final.safetensors", "SHA-256"]) == []
+    answer = call(folder, "launch", SWEEP, *WITHOUT_MLFLOW)
+    assert answer.code == 0, answer.err
+    assert "final.safetensors.damaged-1" in answer.err
+    assert path.read_bytes() == whole
+    assert path.with_name("final.safetensors.damaged-1").read_bytes() == content
 
 
 @pytest.mark.ray
@@ -227,7 +233,7 @@ def test_a_torn_manifest_and_a_damaged_gate_are_named(finished: Finished, tmp_pa
     gate.write_bytes(gate.read_bytes()[:40])
     answer = call(folder, "export", "tiny", "--pick", "all")
     assert answer.code == 3
-    assert problems_of_message(answer, [gate.name, "launch again"]) == []
+    assert problems_of_message(answer, [gate.name, "launch the sweep again"]) == []
     gate.unlink()
     answer = call(folder, "export", "tiny", "--pick", "all")
     assert answer.code == 3

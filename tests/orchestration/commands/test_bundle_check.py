@@ -25,6 +25,7 @@ from dsnet.network.batchnorm import recalibrate
 from dsnet.routing.table_routing import run_on_table
 from orchestration.commands.bundle_check import _claimed_data, _folder_of_the_run, check_bundle
 from orchestration.pipeline.export import example_rows
+from orchestration.runs.manifest import Manifest
 from tests.dsnet.samples import ROUTER_KINDS, random_router
 from tests.orchestration.samples import TINY, write_sweep
 
@@ -122,6 +123,6 @@ def test_a_bundle_that_lies_in_its_run_finds_the_folder_of_the_images(tmp_path: 
     bundle = tmp_path / "export" / "trial-0001"
     bundle.mkdir(parents=True)
     assert _folder_of_the_run(bundle) == "", "a sweep file alone is no run"
-    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
+    Manifest(tmp_path / "manifest.json").create(seed=0, hardware={})
     (tmp_path / "export" / "knee").symlink_to("trial-0001")
     assert _folder_of_the_run(tmp_path / "export" / "knee") == "/photos"

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dsnet.files import atomic_write_json, read_json
 from orchestration.commands.steering import changed_point, extended
 from orchestration.config.resolve import resolve_cohort, resolve_trials
 from orchestration.pipeline.search import trials_left
 from orchestration.prepare.preparation import prepare, stage_definitions
+from orchestration.results.search_end import read_end, write_end
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.queue import read_queue
-from orchestration.runs.stages import plan_stages
+from orchestration.runs.stages import StageDir, plan_stages
 from search.front.points import trial_name
 from search.suggest.space import parse_space
-from tests.orchestration.samples import AT_WORK, Finished, call, results_in
+from tests.orchestration.samples import AT_WORK, Finished, call, record_config, results_in
 
 SPACE = parse_space(
     {
@@ -78,6 +79,7 @@ def test_a_value_that_might_not_be_tried_at_all_is_refused(finished: Finished, t
         "gate.sgs.t_easy": {"uniform": [0.0, 0.9], "when": {"gate.sgs.target": "extremes"}},
     }
     sweep.write_text(yaml.safe_dump(config), encoding="utf-8")
+    record_config(sweep)
     alone = call(folder, "enqueue", "tiny", "--set", "gate.sgs.t_easy=0.5")
     assert alone.code == 2
     assert (
@@ -157,6 +159,7 @@ def test_a_running_sweep_is_told_apart_from_one_that_waits(finished: Finished, t
     run = results_in(folder).run
     sweep = run.sweep_yaml.read_text(encoding="utf-8")
     run.sweep_yaml.write_text(sweep.replace("trials: 12", "trials: 13"), encoding="utf-8")
+    record_config(run.sweep_yaml)
     assert "in the next launch" in call(folder, "enqueue", "tiny", "--set", "gate.target=0.3").out
     with DriverLock(run, "a test"):
         answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.4")
@@ -174,10 +177,12 @@ def test_a_grid_that_is_at_its_end_goes_on_for_a_point_that_was_enqueued(finishe
     run = results_in(folder).run
     sweep = run.sweep_yaml.read_text(encoding="utf-8")
     run.sweep_yaml.write_text(sweep.replace("trials: 12", "trials: 20"), encoding="utf-8")
+    record_config(run.sweep_yaml)
     config = results_in(folder).config
     plan = next(plan for plan in plan_stages(run, stage_definitions(prepare(config))) if plan.name == "search")
     path = run.search_end_json(plan.key)
-    atomic_write_json(path, {**read_json(path), "reason": "space"})
+    write_end(path, replace(read_end(path), reason="space"))
+    StageDir(path.parent).finish([path, run.study_journal(plan.key)], 1.0)
     assert trials_left(run, plan, config) == 0
     answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.3")
     assert "in the next launch" in answer.out
@@ -194,12 +199,14 @@ def test_points_after_a_stop_rule_come_with_the_command_that_removes_the_rule(
     sweep = yaml.safe_load(run.sweep_yaml.read_text(encoding="utf-8"))
     sweep["budget"] |= {"trials": 20, reason: rule}
     run.sweep_yaml.write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    record_config(run.sweep_yaml)
     results = results_in(folder)
     plan = next(plan for plan in plan_stages(run, stage_definitions(prepare(results.config))) if plan.name == "search")
     path = run.search_end_json(plan.key)
-    end = read_json(path)
-    rules = end["rules"] | results.config.budget.model_dump(mode="json", include={"plateau", "target"})
-    atomic_write_json(path, {**end, "reason": reason, "rules": rules})
+    end = read_end(path)
+    rules = {**end.rules, **results.config.budget.model_dump(mode="json", include={"plateau", "target"})}
+    write_end(path, replace(end, reason=reason, rules=rules))
+    StageDir(path.parent).finish([path, run.study_journal(plan.key)], 1.0)
     answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.3")
     program, command, found, *options = shlex.split(answer.out.strip().rpartition(": ")[2])
     assert (program, command, found) == ("dsnet-orch", "extend", str(results.run.path))
@@ -253,6 +260,7 @@ def test_one_trial_more_is_a_cohort_more_where_cohorts_are_compared_as_a_whole(
         assert plain in text
         text = text.replace(plain, halved)
     path.write_text(text, encoding="utf-8")
+    record_config(path)
     results = results_in(folder)
     cohort = resolve_cohort(results.config)
     before = resolve_trials(results.config)

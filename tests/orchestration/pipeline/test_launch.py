@@ -26,6 +26,7 @@ from orchestration.pipeline.claims import bundle_claims
 from orchestration.pipeline.context import Launch
 from orchestration.progress import read_task_state
 from orchestration.runs.folder import mlflow_store_uri
+from orchestration.runs.manifest import Manifest
 from orchestration.tracking.rows import current_uids, trial_row
 from search.front.analysis import front_slots
 from search.front.points import load_points, trial_name
@@ -318,10 +319,9 @@ def test_results_below_a_stage_that_is_being_redone_are_not_shown_as_current(
     finished: Finished, tmp_path: Path
 ) -> None:
     folder = finished.copy(tmp_path)
-    path = folder / "runs" / "tiny" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["stages"]["supernet"]["key"] = "0" * 64  # as after a changed supernet setting, while it trains
-    path.write_text(json.dumps(manifest))
+    manifest = Manifest(folder / "runs" / "tiny" / "manifest.json")
+    stage = manifest.read()["stages"]["supernet"]
+    manifest.record_stage("supernet", {**stage, "key": "0" * 64})  # as after a changed setting, while it trains
     results = results_in(folder)
     assert results.records == []
     assert results.subnets == ()

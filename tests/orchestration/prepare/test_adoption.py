@@ -98,7 +98,7 @@ def test_what_the_same_settings_made_becomes_finished_stages_under_the_key_of_tr
     again = {plan.name: plan for plan in plan_stages(run, definitions)}
     for name in adoption.stages:
         assert again[name].is_done
-        again[name].folder.check_hashes()
+        again[name].folder.check()
         for file, path in again[name].folder.outputs().items():
             assert path.read_bytes() == (made / name / file).read_bytes()
     assert run.curves_jsonl(again["supernet"].key).is_file()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dsnet.files import atomic_write_json, read_json
 from orchestration.results.exported import outdated_bundles, outdated_part
+from orchestration.runs.manifest import Manifest
 from tests.orchestration.samples import Finished, call, results_in
 
 
@@ -20,9 +20,8 @@ def test_a_bundle_of_an_earlier_supernet_or_search_is_named_and_stays(
     knee = run / "export" / "knee"
     assert outdated_bundles(results_in(folder)) == []
     assert "warning" not in call(folder, "verify", knee).out
-    manifest = read_json(run / "manifest.json")
-    manifest["stages"][stage]["key"] = "0" * 64
-    atomic_write_json(run / "manifest.json", manifest)
+    manifest = Manifest(run / "manifest.json")
+    manifest.record_stage(stage, {**manifest.read()["stages"][stage], "key": "0" * 64})
     bundle = run / "export" / knee.readlink()
     assert outdated_bundles(results_in(folder)) == [bundle], "the link is not a bundle of its own"
     status = " ".join(call(folder, "status", "tiny").out.split())

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from dashboards.report import build_report
 from dsnet.errors import CheckpointError, NotFoundError
+from dsnet.files import file_sha256
 from dsnet.gates.fit import fit_gate
 from dsnet.gates.settings import GateSettings
 from dsnet.routing.routing_table import RoutingTable
@@ -24,6 +25,8 @@ from orchestration.results.report import hypervolume_of, report_data
 from orchestration.results.run import RunResults, load_router, refuse_unusable
 from orchestration.results.trial_list import TrialList
 from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
+from orchestration.runs.stages import StageDir
 from search.front.pareto import hypervolume
 from search.front.points import save_points, trial_name
 from search.gate_trial import arrays_of
@@ -36,12 +39,11 @@ STAGES = ("supernet", "measure", "table", "search", "verify")
 def without(finished: Finished, folder: Path, *stages: str) -> RunResults:
     """The run as it was before `stages` were begun."""
     copy = finished.copy(folder)
-    path = copy / "runs" / "tiny" / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = Manifest(copy / "runs" / "tiny" / "manifest.json")
     for stage in stages:
         shutil.rmtree(copy / "runs" / "tiny" / stage)
-        del manifest["stages"][stage]
-    path.write_text(json.dumps(manifest))
+    left = {name: entry for name, entry in manifest.read()["stages"].items() if name not in stages}
+    manifest.update(stages=left)
     return results_in(copy)
 
 
@@ -98,10 +100,8 @@ def test_a_run_that_stopped_after_any_stage_can_be_read(finished: Finished, tmp_
 
 def test_a_stage_that_was_remade_above_leaves_nothing_current_below(finished: Finished, tmp_path: Path) -> None:
     copy = finished.copy(tmp_path)
-    path = copy / "runs" / "tiny" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["stages"]["table"]["key"] = "f" * 64
-    path.write_text(json.dumps(manifest))
+    manifest = Manifest(copy / "runs" / "tiny" / "manifest.json")
+    manifest.record_stage("table", {**manifest.read()["stages"]["table"], "key": "f" * 64})
     results = results_in(copy)
     assert results.subnets
     assert (results.records, results.front, results.verified) == ([], (), None)
@@ -111,17 +111,16 @@ def test_a_front_that_is_not_the_verified_one_is_not_called_verified(finished: F
     copy = finished.copy(tmp_path)
     results = results_in(copy)
     path = results.run.verify_json(results.done_key("verify"))
-    size = path.stat().st_size
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "front": content["front"][:-1]}).ljust(size))
-    assert path.stat().st_size == size
+    path.write_text(json.dumps({**content, "front": content["front"][:-1]}))
+    StageDir(path.parent).finish([path], 1.0)
     assert results_in(copy).is_done("verify")
     assert results_in(copy).verified is None
 
 
 def test_a_missing_gate_file_says_what_to_do(finished: Finished, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="launch again"):
-        load_router(tmp_path / "slot-00001.safetensors")
+    with pytest.raises(CheckpointError, match="launch the sweep again"):
+        load_router(tmp_path / "slot-00001.safetensors", None)
     assert finished.results.router(1).routes == (0, 1, 2)
 
 
@@ -131,15 +130,15 @@ def test_a_stored_router_of_every_kind_decides_as_it_did_when_it_was_fitted(tmp_
     fit = fit_gate(gate_table, table, GateSettings(router=kind, steps=10))
     arrays = arrays_of(fit)
     save_file(arrays, tmp_path / "slot-00001.safetensors")
-    router = load_router(tmp_path / "slot-00001.safetensors")
+    router = load_router(tmp_path / "slot-00001.safetensors", file_sha256(tmp_path / "slot-00001.safetensors"))
     assert router.kind == kind
     run = run_on_table(router, table)
     np.testing.assert_array_equal(run.routes, fit.run.routes)
     np.testing.assert_array_equal(run.madds, fit.run.madds)
     values = np.frombuffer(b'{"kind": "cake"}', dtype=np.uint8)
     save_file({**arrays, "router": values}, tmp_path / "slot-00001.safetensors")
-    with pytest.raises(CheckpointError, match=r"slot-00001.*'cake'.*launch again"):
-        load_router(tmp_path / "slot-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"slot-00001.*'cake'.*launch the sweep again"):
+        load_router(tmp_path / "slot-00001.safetensors", None)
 
 
 def test_hypervolume_begins_at_the_static_ones_never_falls_and_ends_with_that_of_both_together(
@@ -177,7 +176,8 @@ def test_names_of_trials_are_those_of_their_slots(finished: Finished) -> None:
 def test_trials_are_listed_where_the_weights_of_the_supernet_are_gone(finished: Finished, tmp_path: Path) -> None:
     results = results_in(finished.copy(tmp_path))
     (results.run.stage_dir("supernet", results.done_key("supernet")) / "final.safetensors").unlink()
-    assert not results.is_done("supernet")
+    with pytest.raises(CheckpointError, match=r"final\.safetensors is missing"):
+        results.is_done("supernet")
     assert [trial.record for trial in TrialList.of(results).trials] == finished.results.records
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dsnet.files import atomic_write_json, read_sealed
 from orchestration.results.training_review import facts_of, review
 from tests.orchestration.samples import Finished, call, results_in
 
@@ -45,12 +46,12 @@ def test_a_run_of_an_earlier_release_is_read_without_what_it_did_not_store(finis
     folder = finished.copy(tmp_path)
     results = results_in(folder)
     sample = results.run.subnets_json(results.done_key("measure")).with_name("train_sample.json")
-    done = sample.with_name("done")
-    listed = json.loads(done.read_text(encoding="utf-8"))
-    del listed["files"]["train_sample.json"]
-    done.write_text(json.dumps(listed), encoding="utf-8")
-    sample.unlink()
-    results.run.curves_jsonl(results.done_key("supernet")).unlink()
+    for path in (sample, results.run.curves_jsonl(results.done_key("supernet"))):
+        done = path.with_name("done")
+        listed = read_sealed(done)
+        del listed["files"][path.name]
+        atomic_write_json(done, listed)
+        path.unlink()
     facts = facts_of(results_in(folder))
     assert facts.train is None
     assert (facts.num_steps, facts.curves) == (0, {})

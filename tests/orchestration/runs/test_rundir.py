@@ -200,8 +200,25 @@ def test_a_lock_of_another_host_is_stolen_only_on_demand(run: RunDir, changes: d
         assert lock.taken_over_from == foreign
 
 
-def test_a_lock_that_cannot_be_read_is_respected(run: RunDir) -> None:
-    run.lock_path.write_text("{")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        "[" * 50_000,
+        {"since": "yesterday"},
+        {"since": 3},
+        {"pid": "12"},
+        {"pid": None},
+        {"start_time": "now"},
+        {"more": 1},
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_lock_that_cannot_be_read_is_respected(run: RunDir, damage: str | dict[str, object]) -> None:
+    holder = asdict(LockHolder.this_process("dsnet-orch launch"))
+    run.lock_path.write_text(damage if isinstance(damage, str) else json.dumps(holder | damage))
+    assert read_lock(run.lock_path) is None
     with pytest.raises(LockedError, match="cannot be read"), DriverLock(run, "launch"):
         pass
     with DriverLock(run, "launch", take_over=True) as lock:

@@ -17,6 +17,7 @@ from orchestration.runs.stages import (
     StageDir,
     StagePlan,
     canonical_settings,
+    mend_stages,
     plan_stages,
     run_stage,
     stage_key,
@@ -240,16 +241,76 @@ def test_an_interrupted_repair_is_not_taken_for_the_old_result(run: RunDir) -> N
 def test_a_changed_byte_is_found_by_its_hash(run: RunDir) -> None:
     run_all(run, [SUPERNET])
     folder = plan_stages(run, [SUPERNET])[0].folder
-    folder.check_hashes()
+    folder.check()
     assert set(folder.outputs()) == {"result.json", "checkpoint/weights.safetensors"}
     weights = folder.outputs()["checkpoint/weights.safetensors"]
     weights.write_text(weights.read_text().replace("made", "Made"))
-    assert folder.is_done(), "the size is the same"
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors differs"):
-        folder.check_hashes()
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors differs .* launch again"):
-        run_all(run, [SUPERNET, TABLE])  # a stage that would read it does not begin
-    assert not plan_stages(run, [SUPERNET, TABLE])[1].folder.path.exists()
+    assert not folder.is_done(), "although the size is the same"
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors has another SHA-256 .* launch the sweep again"):
+        folder.check()
+    assert run_all(run, [SUPERNET, TABLE]) == ["supernet", "table"], "before the stage that reads it"
+    kept = weights.with_name("weights.safetensors.damaged-1")
+    assert kept.read_text() == "Made by supernet"
+    assert weights.read_text() == "made by supernet"
+
+
+def test_a_stage_does_not_begin_on_a_damaged_output_of_another(run: RunDir) -> None:
+    run_all(run, [SUPERNET])
+    plans = plan_stages(run, [SUPERNET, TABLE])
+    (plans[0].folder.path / "result.json").write_text("Made by supernet")
+    with pytest.raises(CheckpointError, match=r"result\.json has another SHA-256"):
+        run_stage(run, plans[1], write_result)
+    assert not plans[1].folder.path.exists()
+
+
+def test_a_result_of_weights_that_were_made_again_with_other_bits_is_refused(run: RunDir) -> None:
+    run_all(run, [SUPERNET, TABLE, SEARCH])
+    plans = plan_stages(run, [SUPERNET, TABLE, SEARCH])
+    weights = plans[0].folder.path / "checkpoint" / "weights.safetensors"
+    weights.write_text("damaged")
+    assert [told.partition(" has")[0] for told in mend_stages(run)] == [str(weights)]
+    assert [plan.is_done for plan in plan_stages(run, [SUPERNET, TABLE, SEARCH])] == [False, True, True]
+
+    def with_other_bits(folder: Path) -> Sequence[Path]:
+        outputs = write_result(folder)
+        weights.write_text("made by another")
+        return outputs
+
+    run_stage(run, plan_stages(run, [SUPERNET])[0], with_other_bits)
+    for plan in plan_stages(run, [SUPERNET, TABLE, SEARCH])[1:]:
+        with pytest.raises(CheckpointError, match="other files than the supernet stage has now"):
+            run_stage(run, plan, write_result)
+    run_stage(run, replace(plans[0], status="resume"), write_result)
+    assert run_all(run, [SUPERNET, TABLE, SEARCH]) == [], "the same bits again"
+
+
+def test_an_intact_output_need_not_be_made_again_while_another_was_lost(run: RunDir) -> None:
+    run_all(run, [SUPERNET])
+    folder = plan_stages(run, [SUPERNET])[0].folder
+    assert folder.intact_outputs() == {}, "nothing was lost"
+    (folder.path / "result.json").unlink()
+    assert mend_stages(run) == [f"{folder.path / 'result.json'} is missing; it is made again"]
+    assert mend_stages(run) == []
+    assert Manifest(run.manifest_path).read()["stages"]["supernet"]["status"] == "running"
+
+    def mended(path: Path) -> Sequence[Path]:
+        assert set(folder.intact_outputs()) == {"checkpoint/weights.safetensors"}
+        return write_result(path)
+
+    run_stage(run, plan_stages(run, [SUPERNET])[0], mended)
+    assert folder.is_done()
+    assert folder.intact_outputs() == {}
+
+
+def test_a_lost_stage_json_is_written_again_with_the_start_of_the_first(run: RunDir) -> None:
+    run_all(run, [SUPERNET])
+    folder = plan_stages(run, [SUPERNET])[0].folder
+    record = folder.record()
+    folder.stage_json.write_bytes(folder.stage_json.read_bytes().replace(b'"lr"', b'"lq"').replace(b"30", b"31"))
+    (told,) = mend_stages(run)
+    assert "stage.json has changed since it was written" in told
+    assert run_all(run, [SUPERNET]) == []
+    assert folder.record() == record
 
 
 def test_a_stage_that_did_not_write_what_it_said_is_not_done(run: RunDir) -> None:

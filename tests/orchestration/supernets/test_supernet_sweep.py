@@ -25,7 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from dsnet.deploy.bundle import load_bundle
-from dsnet.files import atomic_write_json, file_sha256
+from dsnet.files import file_sha256
 from dsnet.measure.latency import MachineLoad
 from orchestration.commands.supernet_tables import state_and_epochs
 from orchestration.config.loading import load_config
@@ -34,13 +34,23 @@ from orchestration.pipeline.launch import anchored
 from orchestration.prepare.preparation import load_images
 from orchestration.runs.folder import RunDir, mlflow_store_uri
 from orchestration.runs.lock import DriverLock
+from orchestration.runs.manifest import Manifest, now_iso
 from orchestration.supernets.members import Member, MemberEntry, draw_members
 from orchestration.supernets.report import report_data, sweep_warnings
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
 from search.front.points import load_points, trial_name
 from search.study.study import TrialRecord
-from tests.orchestration.samples import TIMES, WITHOUT_MLFLOW, Answer, Command, call, snapshot, write_sweep
+from tests.orchestration.samples import (
+    TIMES,
+    WITHOUT_MLFLOW,
+    Answer,
+    Command,
+    call,
+    record_config,
+    snapshot,
+    write_sweep,
+)
 
 SUPERNETS = """\
 version: 1
@@ -288,9 +298,9 @@ def test_mlflow_has_one_tree_and_sync_builds_the_same(swept: Swept, tmp_path: Pa
             assert [(point.step, point.value) for point in history] == list(entry.reports)
 
     shutil.copytree(results.run.path, tmp_path / "runs" / "nets")
-    for manifest in (tmp_path / "runs" / "nets").rglob("sweep.yaml"):  # the copy is tracked beside it
-        text = manifest.read_text().replace(str(swept.folder), str(tmp_path))
-        manifest.write_text(text)
+    for config in (tmp_path / "runs" / "nets").rglob("sweep.yaml"):  # the copy is tracked beside it
+        config.write_text(config.read_text().replace(str(swept.folder), str(tmp_path)))
+        record_config(config)
     answer = call(tmp_path, "sync", "nets")
     assert answer.code == 0, answer.err
     again = _tree(MlflowClient(mlflow_store_uri(tmp_path / "runs")))
@@ -462,7 +472,9 @@ def test_a_supernet_that_is_at_work_is_training_and_its_newest_checkpoint_says_h
     run.create()
     own.create()
     stage = {"dir": "supernet/a", "status": "running"}
-    atomic_write_json(own.manifest_path, {"schema": 1, "stages": {"supernet": stage}})
+    manifest = Manifest(own.manifest_path)
+    manifest.create(seed=0, hardware={})
+    manifest.record_stage("supernet", {"key": "a", "started_at": now_iso(), "seconds": None, **stage})
     (own.path / stage["dir"]).mkdir(parents=True)
     for epoch in (3, 4):
         (own.path / stage["dir"] / f"epoch-{epoch:05d}.json").touch()

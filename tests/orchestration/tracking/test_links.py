@@ -6,6 +6,7 @@ import pytest
 
 from dsnet.errors import ConfigError
 from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 from orchestration.tracking.links import certain_link, link_to, newest_links, open_in_browser
 from orchestration.tracking.location import store_uri, whole_sweep
 from orchestration.tracking.rows import sweep_uid
@@ -43,6 +44,7 @@ def test_one_of_several_supernets_is_tracked_with_its_sweep_where_that_lies_toda
     assert store_uri(config, member) == "sqlite:////gone/mlflow.db"
     member.path.mkdir(parents=True)
     whole.supernets_json.write_text("{}")
+    Manifest(whole.manifest_path).create(seed=0, hardware={})
     whole.sweep_yaml.write_text(finished.run.sweep_yaml.read_text())
     assert whole_sweep(member).path == whole.path
     assert store_uri(config, member) == f"sqlite:///{tmp_path}/moved/mlflow.db"

@@ -22,7 +22,7 @@ from orchestration.runs.folder import mlflow_store_uri
 from orchestration.tracking.datasets import dataset_inputs
 from orchestration.tracking.logged_models import BUNDLE_TAG
 from orchestration.tracking.rows import data_rows
-from tests.orchestration.samples import Finished, call, problems_of_message
+from tests.orchestration.samples import Finished, call, problems_of_message, record_config
 
 NUM_IMAGES = 70
 """More than the model classifies at once."""
@@ -108,6 +108,7 @@ def test_a_model_is_registered_only_where_a_run_is_tracked_and_under_a_name_that
     assert problems_of_message(answer, ["models/gate", "registered model"]) == []
     settings = folder / "runs" / "tiny" / "sweep.yaml"
     settings.write_text(settings.read_text().replace("mlflow: true", "mlflow: false"))
+    record_config(settings)
     answer = call(folder, "export", "tiny", "--register", "gate", "--out", "out")
     assert problems_of_message(answer, ["--register gate", "--set tracking.mlflow=true"]) == []
     assert not (folder / "out").exists()

@@ -3,7 +3,6 @@ the same."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from dsnet.files import read_json
 from orchestration.runs.curves import CurvePoint
 from orchestration.runs.folder import mlflow_store_uri
+from orchestration.runs.manifest import Manifest
 from orchestration.tracking.protocol import NullTracker, TrackedBundle, TrackedData, TrackedRun
 from orchestration.tracking.rows import (
     replay,
@@ -26,7 +26,7 @@ from orchestration.tracking.rows import (
     unix_ms,
 )
 from search.front.points import trial_name
-from tests.orchestration.samples import Finished, call, problems_of_message, results_in
+from tests.orchestration.samples import Finished, call, problems_of_message, record_config, results_in
 
 
 class Recorder(NullTracker):
@@ -133,6 +133,7 @@ def test_a_sweep_that_tracks_nothing_cannot_be_synced_and_says_how_it_could(fini
     folder = finished.copy(tmp_path)
     path = folder / "runs" / "tiny" / "sweep.yaml"
     path.write_text(path.read_text().replace("mlflow: true", "mlflow: false"))
+    record_config(path)
     answer = call(folder, "sync", "tiny")
     assert answer.code == 3
     assert problems_of_message(answer, ["tracking.mlflow", "--set tracking.mlflow=true"]) == []
@@ -170,10 +171,7 @@ def test_a_replay_tells_parent_supernet_subnets_and_trials_in_this_order(finishe
 
 def test_a_replay_of_a_run_that_has_only_begun_tells_what_there_is(finished: Finished, tmp_path: Path) -> None:
     folder = finished.copy(tmp_path)
-    path = folder / "runs" / "tiny" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["stages"] = {}
-    path.write_text(json.dumps(manifest))
+    Manifest(folder / "runs" / "tiny" / "manifest.json").update(stages={})
     recorder = Recorder()
     replay(results_in(folder), recorder)
     assert [row.kind for row in recorder.rows] == ["sweep"]

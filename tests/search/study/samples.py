@@ -14,6 +14,7 @@ import numpy as np
 from search.conditions.constraints import ConstraintSet
 from search.conditions.expressions import Comparison, parse_comparison
 from search.study.engine import Budget, Search
+from search.study.journal_chain import ChainWriter, chain_path
 from search.study.runner import OneByOne, SerialRunner, TrialFunction, TrialSpec
 from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord
 from search.suggest.samplers import SamplerSettings
@@ -83,6 +84,8 @@ def comparison(text: str) -> Comparison:
 SLACK = ConstraintSet(soft=(comparison("madds_m <= 6"),))
 POINT = {"gate.target": 0.5, "gate.sgs.strategy": "give_up"}
 TRIALS_IN_KILLS = 14
+HEADER_LINES = 3
+"""Records of a study before its first trial."""
 
 
 def die_in_slot(path: Path, slot: int, where: str) -> None:
@@ -103,7 +106,26 @@ def die_in_slot(path: Path, slot: int, where: str) -> None:
             with path.open("ab") as file:
                 file.write(b'{"op_code":4,"worker_id":"x","study_id":0,"datetime_st')
             path.with_name(path.name + ".lock").symlink_to(path)
-        if where != "run":
+        if where in ("keep", "torn"):
             die()
 
+    _die_in_chain(path, slot, where)
     sweep(path, TRIALS_IN_KILLS, function=run, save_arrays=keep)
+
+
+def _die_in_chain(path: Path, slot: int, where: str) -> None:
+    """End when the journal has the record of `slot`, before its entry in the chain or within it."""
+    if "chain" not in where:
+        return
+    whole_entry = ChainWriter.catch_up
+
+    def catch_up(chain: ChainWriter) -> None:
+        if path.read_bytes().count(b"\n") - HEADER_LINES < slot + 1:
+            whole_entry(chain)
+            return
+        if where == "torn chain":
+            with chain_path(path).open("ab") as file:
+                file.write(b"12 0a1b2c")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    ChainWriter.catch_up = catch_up  # type: ignore[method-assign] # this process ends soon

@@ -566,7 +566,9 @@ def test_a_killed_asynchronous_sweep_fills_its_holes_first(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("slots", "where"), [((0,), "run"), ((5, 6), "keep"), ((8,), "torn"), ((3, 11), "torn")], ids=str
+    ("slots", "where"),
+    [((0,), "run"), ((5, 6), "keep"), ((8,), "torn"), ((3, 11), "torn"), ((0, 7), "chain"), ((5, 13), "torn chain")],
+    ids=str,
 )
 def test_a_killed_sweep_resumes_to_the_same_study(tmp_path: Path, slots: tuple[int, ...], where: str) -> None:
     path = tmp_path / "study"
@@ -575,7 +577,8 @@ def test_a_killed_sweep_resumes_to_the_same_study(tmp_path: Path, slots: tuple[i
         code += f"d(pathlib.Path(sys.argv[1]), {slot}, {where!r})"
         died = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[3], check=False)
         assert died.returncode == -signal.SIGKILL
-        assert [record.slot for record in load_records(path)] == list(range(slot))
+        is_recorded = "chain" in where
+        assert [record.slot for record in load_records(path)] == list(range(slot + is_recorded))
     start = time.monotonic()
     resumed = sweep(path, TRIALS_IN_KILLS)
     assert time.monotonic() - start < 15, "the dead writer's lock was waited for"

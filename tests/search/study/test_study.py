@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
 from search.study.engine import Budget, Mirror, Search
 from search.study.halving import ParetoHalving
+from search.study.journal_chain import chain_path
 from search.study.runner import OneByOne, SerialRunner
 from search.study.study import Objective, StudyJournal, TrialRecord, load_records, repair_journal
 from search.suggest.space import parse_space
@@ -106,10 +107,11 @@ def test_a_mirror_of_the_stored_study_suggests_what_the_live_one_did(path: Path)
 
 def test_every_possible_tear_of_the_last_record_is_cut_off(path: Path) -> None:
     records = make_study(path, 4)
-    whole = path.read_bytes()
+    whole, chain = path.read_bytes(), chain_path(path).read_bytes().splitlines(keepends=True)
     last = len(whole.splitlines(keepends=True)[-1])
     for num_bytes in (1, 2, last // 2, last - 1):
         path.write_bytes(whole[:-num_bytes])
+        chain_path(path).write_bytes(b"".join(chain[:-1]))  # which is written after the journal
         assert load_records(path) == list(records[:3])
         assert repair_journal(path) == last - num_bytes
         assert path.read_bytes() == whole[:-last]
@@ -142,6 +144,7 @@ def test_a_study_whose_creation_was_cut_short_is_completed(path: Path, num_lines
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 3
     path.write_bytes(b"".join(lines[:num_lines]))
+    chain_path(path).unlink()  # which is written last
     make_study(path, 2)
     study = optuna.load_study(study_name="digits", storage=JournalStorage(JournalFileBackend(str(path))))
     assert study.metric_names == ["top1", "madds_m"]
