@@ -19,9 +19,10 @@ from dsnet.data.cifar10_batches import (
     read_archive,
     read_batch_folder,
 )
-from dsnet.data.cifar10_parquet import find_parquet_files, parquet_key, read_parquet_split
+from dsnet.data.cifar10_parquet import read_parquet_split
 from dsnet.data.images import ImageSet
 from dsnet.data.location import data_root
+from dsnet.data.parquet_files import find_parquet_files, parquet_key
 from dsnet.errors import DataError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

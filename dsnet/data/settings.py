@@ -4,7 +4,7 @@ no torch."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, Protocol
 
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
@@ -19,6 +19,8 @@ ImageSize = Annotated[int, Ge(MIN_IMAGE_SIZE), Le(MAX_IMAGE_SIZE)]
 """Height and width in pixels that networks accept."""
 PHOTOS = ("image_folder", "cifar10")
 """Data sets whose networks can classify photos."""
+Part = Literal["train", "val", "test"]
+"""A part into which the people who published the data have divided it."""
 MAX_OPERATIONS = 14
 """Number of different operations of RandAugment, `dsnet.data.randaugment.Operation`. More of them
 per image would destroy it and cost memory and time."""
@@ -36,10 +38,15 @@ class SplitSizes(Settings):
     """Size of each split.
 
     An integer is a number of images (>= 1), a float a fraction in (0, 1), None the default.
-    Fractions refer to all images; where the data has an official test part, those of `train`,
-    `gate` and `val` refer to the other images and that of `test` to the official test part
-    (default: all of it). Defaults: 55/15/15/15 %, or 80/10/10 % for `train`, `gate` and `val` where
-    there is an official test part.
+    Fractions refer to all images, or to those of a part if the data is published in parts:
+
+    - without parts: 55/15/15/15 % of all images;
+    - a test part: 80/10/10 % of the others for `train`, `gate` and `val`; `test` is the test part;
+    - parts for validation and test: 90/10 % of the others for `train` and `gate`; `val` and `test`
+      are the parts;
+    - a validation part only: 90/10 % of the others for `train` and `gate`; the validation part is
+      divided equally into `val` and `test`, so that both are images that no network has been
+      trained on.
     """
 
     SECTION = "data.splits"
@@ -48,6 +55,85 @@ class SplitSizes(Settings):
     gate: SplitSize = None
     val: SplitSize = None
     test: SplitSize = None
+
+
+@dataclass(frozen=True)
+class Columns(Settings):
+    """Names of columns, of a table of labels or of parquet files; None: found by their names."""
+
+    SECTION = "data.columns"
+
+    image: str | None = None
+    """The images, or their paths."""
+    label: str | None = None
+    """The labels."""
+    split: str | None = None
+    """Tables of labels only: the part of each image, train, val or test."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Settings):
+    """Which files of a data set are read, and what happens to broken ones."""
+
+    SECTION = "data"
+
+    include: str | None = None
+    """Image folders only: pattern of the files that are images, such as `*.jpg`; None: every file
+    with the suffix of an image."""
+    labels: str | None = None
+    """Image folders only: table (CSV or parquet) of paths and labels; None: the folders are the
+    classes."""
+    columns: Columns = Columns()
+    skip_broken: NonNegativeInt = 0
+    """Maximum number of images that may be broken, and are skipped."""
+
+    @property
+    def written(self) -> Mapping[str, Any]:
+        """The options that differ from the defaults, JSON-able."""
+        values = {each.name: (getattr(self, each.name), each.default) for each in fields(FileOptions)}
+        return {
+            name: asdict(value) if isinstance(value, Columns) else value
+            for name, (value, default) in values.items()
+            if value != default
+        }
+
+    @classmethod
+    def from_written(cls, written: Mapping[str, Any]) -> FileOptions:
+        """Rebuild options from `written`.
+
+        Raises:
+            ConfigError: a key is unknown, or a value has the wrong type.
+        """
+        return read_strictly(cls, written, cls.SECTION)
+
+
+class OptionsOfFiles(Protocol):
+    """The fields of `FileOptions`, as in its section of sweep.yaml."""
+
+    @property
+    def include(self) -> str | None: ...
+
+    @property
+    def labels(self) -> str | None: ...
+
+    @property
+    def skip_broken(self) -> int: ...
+
+    @property
+    def columns(self) -> ColumnNames: ...
+
+
+class ColumnNames(Protocol):
+    """The fields of `Columns`."""
+
+    @property
+    def image(self) -> str | None: ...
+
+    @property
+    def label(self) -> str | None: ...
+
+    @property
+    def split(self) -> str | None: ...
 
 
 class DescribedImages(Protocol):
@@ -86,6 +172,20 @@ def folder_problem(name: str, crop_fraction: float, stream: bool) -> tuple[str, 
     if crop_fraction != 1:
         return "crop_fraction", f"only an image_folder is cropped; remove {shown(crop_fraction)}"
     return ("stream", f"only an image_folder can be streamed; {name} fits into memory") if stream else None
+
+
+def options_problem(name: str, options: OptionsOfFiles) -> tuple[str, str] | None:
+    """A setting for the files of image folders that is given for another data set, and the problem
+    as a phrase for a message; None if there is none."""
+    if name == "image_folder":
+        named = [column for column in ("image", "label", "split") if getattr(options.columns, column) is not None]
+        if named and options.labels is None:
+            return f"columns.{named[0]}", "names a column of a table of labels; write data.labels too, or remove it"
+        return None
+    for key in ("include", "labels", "skip_broken"):
+        if getattr(options, key):
+            return key, f"only for an image_folder; remove {shown(getattr(options, key))}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -241,10 +341,8 @@ def written_normalization(value: object) -> WrittenNormalization | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
+class DataSettings(FileOptions):
     """The images, their splits and their augmentation."""
-
-    SECTION = "data"
 
     name: str
     """A registered data set: digits, cifar10, image_folder, ..."""

@@ -130,7 +130,12 @@ def _cifar10(network: Network) -> Seen:
 def _photos(survey: Survey, network: Network) -> Seen:
     labels = np.array(survey.listing.labels)
     try:
-        splits = make_splits(labels, survey.listing.official_test)
+        splits = make_splits(
+            labels,
+            survey.listing.official_test,
+            official_val=survey.listing.official_val,
+            class_names=survey.listing.class_names,
+        )
     except ConfigError as error:
         fewest = min(survey.class_sizes.items(), key=lambda item: item[1])
         raise DataError(
@@ -173,6 +178,7 @@ def _sentences(survey: Survey) -> Iterator[str]:
             f"The classes are unbalanced ({fewest:,} to {most:,} pictures): accuracy is the mean over pictures, so "
             "that rare classes count little."
         )
+    yield from survey.listing.in_words()
 
 
 def _range(values: tuple[int, ...]) -> str:

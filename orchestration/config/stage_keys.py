@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Literal, get_args
 
 from pydantic import (
     JsonValue,
 )
 
+from dsnet.data.settings import FileOptions
 from dsnet.measure.settings import without_default_engines
 from dsnet.structure.settings import without_unread
 from dsnet.training.settings import without_added, without_published
@@ -37,20 +38,25 @@ _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
 }
 
 
+_NOT_IN_DATA_KEY = {"path", "crop_fraction", "normalization", *(each.name for each in fields(FileOptions))}
+"""Settings of the data on which its fingerprint depends, and the normalisation, which has a form of
+its own."""
+
+
 def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     """The part of the configuration on which a stage's result depends and that enters its key,
     JSON-able.
 
     The pipeline adds the parents, the fingerprints of the data and of the start weights (hence no
-    `data.path`, `data.crop_fraction` or `supernet.init_from`) and the stage's version. Ray,
-    workers, the device of training, budget, tracking and export never enter: the same sweep run
-    elsewhere, or for longer, is the same sweep.
+    `data.path`, `data.crop_fraction`, options of files or `supernet.init_from`) and the stage's
+    version. Ray, workers, the device of training, budget, tracking and export never enter: the same
+    sweep run elsewhere, or for longer, is the same sweep.
     """
     if stage == "supernet":
         supernet = config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY)
         supernet["train"] = without_added(supernet["train"])
         supernet["bootstrapping"] = without_published(supernet["bootstrapping"])
-        data = config.data.model_dump(mode="json", exclude={"path", "crop_fraction", "normalization"})
+        data = config.data.model_dump(mode="json", exclude=_NOT_IN_DATA_KEY)
         return {
             "seed": config.seed,
             "data": data | _normalization(config),

@@ -71,9 +71,15 @@ def core_fields(owner: type, keys: dict[str, str]) -> Iterator[CoreField]:
         yield CoreField(keys[field.name], owner, field.name, types_of(owner)[field.name], default)
 
 
+def subclasses(base: type) -> Iterator[type]:
+    for found in base.__subclasses__():
+        yield found
+        yield from subclasses(found)
+
+
 def every_core_field() -> list[CoreField]:
     """The fields of every class of settings in the core."""
-    classes = [found for found in Settings.__subclasses__() if found.__module__.startswith("dsnet.")]
+    classes = [found for found in subclasses(Settings) if found.__module__.startswith("dsnet.")]
     assert {StandaloneConfig, SupernetRun} <= set(classes)
     assert len(classes) >= 13
     return [field for found in classes for field in core_fields(found, dict(dotted_keys(found)))]
