@@ -15,7 +15,7 @@ from jaxtyping import Int64, UInt8
 
 from dsnet.data.decoding import decode_rgb
 from dsnet.data.labels import check_labels
-from dsnet.data.parquet_files import read_table
+from dsnet.data.parquet_files import class_label_names, parquet_schema, read_table
 from dsnet.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,6 +23,23 @@ if TYPE_CHECKING:
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMN = "label"
+
+
+def is_cifar10(file: Path, class_names: Sequence[str]) -> bool:
+    """Whether a parquet file says that it is CIFAR-10: by the class names in its metadata, or by
+    the folder in the path of its first image."""
+    import pyarrow.parquet as pq
+
+    schema = parquet_schema(file)
+    names = class_label_names(schema).get(_LABEL_COLUMN)
+    if names is not None:
+        return list(names) == list(class_names)
+    column = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
+    if column is None or schema.field(column).type.num_fields == 0:
+        return False
+    rows = next(pq.ParquetFile(file).iter_batches(batch_size=1, columns=[column]), None)
+    path = "" if rows is None else (rows.column(0).to_pylist()[0] or {}).get("path")
+    return PurePosixPath(path or "").parent.name in class_names
 
 
 def read_parquet_split(
@@ -50,6 +67,7 @@ def read_parquet_split(
 
 def _read_file(file: Path, class_names: Sequence[str], image_size: int) -> tuple[np.ndarray, np.ndarray]:
     table = read_table(file)
+    _check_names(file, table.schema, class_names)
     image_column = _image_column(file, table)
     labels = _read_labels(file, table)
     check_labels(labels, class_names, str(file))
@@ -63,6 +81,16 @@ def _read_file(file: Path, class_names: Sequence[str], image_size: int) -> tuple
             pixels[row] = _decode(data.as_py(), image_size, where)
             row += 1
     return pixels, labels
+
+
+def _check_names(file: Path, schema: pa.Schema, class_names: Sequence[str]) -> None:
+    names = class_label_names(schema).get(_LABEL_COLUMN)
+    if names is not None and list(names) != list(class_names):
+        shown = ", ".join(names[:3])
+        raise DataError(
+            f"{file}: not CIFAR-10: its {len(names)} classes are {shown}, ...; set data.name to parquet, which reads any data set "
+            "of the hub"
+        )
 
 
 def _image_column(file: Path, table: pa.Table) -> str:

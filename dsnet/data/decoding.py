@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsnet.errors import DataError
@@ -208,6 +209,22 @@ def _without_texts(data: bytes) -> bytes:
             kept.append(data[position:end])
         position = end
     return b"".join(kept)
+
+
+def is_stored_grey(data: bytes) -> bool:
+    """Whether an image file stores one channel, judged by its header; False where it has none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=image_formats()) as image:
+            return image.mode in ("1", "L", "I", *_WIDE_GREY)
+    except (UnidentifiedImageError, *_BROKEN_FILE):
+        return False
+
+
+def planes(image: Image.Image, channels: int) -> UInt8[np.ndarray, "channels height width"]:
+    """The pixels of an RGB image: three planes, or one of grey (ITU-R 601)."""
+    if channels == 1:
+        return np.asarray(image.convert("L"))[None]
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def centre_square(image: Image.Image, image_size: int, crop_fraction: float = 1.0) -> Image.Image:

@@ -21,20 +21,19 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from dsnet.data.cache import ImageCache, default_cache_folder
-from dsnet.data.decoding import centre_square, check_regular, read_rgb
+from dsnet.data.decoding import centre_square, check_regular, planes, read_rgb
 from dsnet.data.images import ImageSet
 from dsnet.data.label_tables import layout_of_table
 from dsnet.data.layouts import Layout, find_layout
 from dsnet.data.location import data_root
 from dsnet.data.prefetch import in_order
-from dsnet.data.settings import FileOptions
+from dsnet.data.registry import DEFAULT_OPTIONS, IMAGE_FOLDER
+from dsnet.data.settings import CHANNELS, FileOptions
 from dsnet.errors import ConfigError, DataError
 
 _KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
-_NAME = "image_folder"
 _NUM_AHEAD = 64  # maximum number of decoded images that wait to be collected
 _NUM_NAMED = 3  # maximum number of broken files that a message names
-DEFAULT_OPTIONS = FileOptions()
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class FolderListing:
     """Sentences about the layout and about files that are not used."""
     skipped: tuple[tuple[str, str], ...] = ()
     """Name and reason of each broken image that was left out (`data.skip_broken`)."""
+    channels: int = 3
+    """Channels to which images are decoded: 3 is RGB, 1 grey."""
 
     @property
     def official_test(self) -> Bool[np.ndarray, " images"] | None:
@@ -80,9 +81,10 @@ class FolderListing:
 
     @cached_property
     def further_content(self) -> list[object]:
-        """What the images' names do not tell about parts and labels; empty for class folders with
-        or without a test part."""
+        """What the images' names do not tell about parts, labels and channels; empty for class
+        folders of RGB images with or without a test part."""
         own: list[object] = [] if self.num_val is None else ["val", self.num_val]
+        own += [] if self.channels == 3 else ["channels", self.channels]
         labelled = zip(self.names, self.labels, strict=True)
         if not all(self.class_names[label] in PurePosixPath(name).parts for name, label in labelled):
             own += ["labels", list(self.labels), list(self.class_names)]
@@ -151,7 +153,7 @@ def load_image_folder(
     crop_fraction: float = 1.0,
     options: FileOptions = DEFAULT_OPTIONS,
 ) -> ImageSet:
-    """Load a folder of images as uint8 [N, 3, image_size, image_size], RGB.
+    """Load a folder of images as uint8 [N, channels, image_size, image_size].
 
     Classes are sorted by name, and so are the images of a class; parts follow each other in the
     order train, val, test. Images are decoded as by `decode_file`.
@@ -173,11 +175,16 @@ def load_image_folder(
     ids = np.arange(len(listing.files))
     content: list[object] = [listing.num_test, listing.names, listing.stats, *listing.further_content]
     images = cache.load_or_make(
-        _NAME,
+        IMAGE_FOLDER,
         _cache_key(listing, image_size, crop_fraction, content),
         lambda: _decode(listing, ids, image_size, crop_fraction, num_threads=2),
     )
     return replace(images, notes=listing.in_words())
+
+
+def load(path: str | Path | None, image_size: int | None, options: FileOptions) -> ImageSet:
+    """The loader of the registry."""
+    return load_image_folder(path, image_size, options=options)
 
 
 def required_size(image_size: int | None) -> int:
@@ -207,7 +214,7 @@ def list_image_folder(
         DataError: A folder is missing or empty, the classes or labels cannot be told, the parts
             differ in their classes, or more images are broken than may be.
     """
-    root = data_root(_NAME, path)
+    root = data_root(IMAGE_FOLDER, path)
     if not root.is_dir():
         raise DataError(f"{root}: not a folder; data.path must be the folder that holds one folder per class")
     if options.labels is None:
@@ -215,6 +222,7 @@ def list_image_folder(
     else:
         layout = layout_of_table(root, options.labels, options.columns, options.include)
     listing, broken = _listing(root, layout)
+    listing = replace(listing, channels=CHANNELS[options.colour or "rgb"])
     if options.skip_broken:
         return _without_broken(listing, broken, options.skip_broken, cache or ImageCache(default_cache_folder()))
     if broken:
@@ -268,7 +276,7 @@ def _without_broken(
     Every image is decoded once for that; the result is kept in the cache.
     """
     key = _digest(["broken", PIL.__version__, str(listing.root.resolve()), listing.names, listing.stats])
-    found = cache.load_or_make_json(f"{_NAME}-broken", key, lambda: _broken_images(listing, unreadable))
+    found = cache.load_or_make_json(f"{IMAGE_FOLDER}-broken", key, lambda: _broken_images(listing, unreadable))
     broken = {int(row): str(reason) for row, reason in found.items()}
     if len(broken) > limit:
         errors = [DataError(reason) for reason in broken.values()]
@@ -280,7 +288,7 @@ def _without_broken(
 
 def _broken_images(listing: FolderListing, unreadable: Mapping[int, DataError]) -> dict[str, str]:
     """Position -> message of each image that cannot be read or does not decode."""
-    attempt = partial(_decoded_or_error, image_size=8, crop_fraction=1.0)
+    attempt = partial(_decoded_or_error, image_size=8, crop_fraction=1.0, channels=3)
     with closing(in_order(attempt, listing.files, num_threads=2, num_ahead=_NUM_AHEAD)) as decoded:
         return {
             str(row): str(unreadable.get(row, image))
@@ -296,7 +304,7 @@ def decode_images(
     cache: ImageCache | None = None,
     num_threads: int = 2,
     crop_fraction: float = 1.0,
-) -> UInt8[Tensor, "images 3 size size"]:
+) -> UInt8[Tensor, "images channels size size"]:
     """Decode selected images of a folder for evaluation; the result is cached.
 
     Args:
@@ -308,7 +316,7 @@ def decode_images(
         crop_fraction: As for `decode_file`.
 
     Returns:
-        uint8 [len(ids), 3, image_size, image_size], in the order of `ids`.
+        uint8 [len(ids), channels, image_size, image_size], in the order of `ids`.
 
     Raises:
         DataError: A file does not decode; the message names it.
@@ -316,23 +324,28 @@ def decode_images(
     ids = np.asarray(ids, dtype=np.int64)
     cache = cache or ImageCache(default_cache_folder())
     content = [[listing.names[row], listing.stats[row]] for row in ids.tolist()]
-    key = _cache_key(listing, image_size, crop_fraction, ["some images", content])
-    return cache.load_or_make(_NAME, key, lambda: _decode(listing, ids, image_size, crop_fraction, num_threads)).images
+    key = _cache_key(listing, image_size, crop_fraction, ["some images", content, *listing.further_content])
+    return cache.load_or_make(
+        IMAGE_FOLDER, key, lambda: _decode(listing, ids, image_size, crop_fraction, num_threads)
+    ).images
 
 
-def decode_file(file: Path, image_size: int, crop_fraction: float = 1.0) -> UInt8[np.ndarray, "3 size size"]:
-    """Decode one image for evaluation: uint8 [3, image_size, image_size], RGB, cropped by
+def decode_file(
+    file: Path, image_size: int, crop_fraction: float = 1.0, channels: int = 3
+) -> UInt8[np.ndarray, "channels size size"]:
+    """Decode one image for evaluation: uint8 [channels, image_size, image_size], cropped by
     `centre_square`.
 
     Args:
         file: An image file in any format that Pillow reads.
         image_size: Height and width in pixels.
         crop_fraction: Share of the shorter side that is kept, (0, 1].
+        channels: 3: RGB; 1: grey.
 
     Raises:
         DataError: The file cannot be read or does not decode; the message names it.
     """
-    return np.asarray(centre_square(read_rgb(file), image_size, crop_fraction)).transpose(2, 0, 1)
+    return planes(centre_square(read_rgb(file), image_size, crop_fraction), channels)
 
 
 def _cache_key(listing: FolderListing, image_size: int, crop_fraction: float, content: list[object]) -> str:
@@ -347,9 +360,9 @@ def _digest(content: list[object]) -> str:
 def _decode(
     listing: FolderListing, ids: np.ndarray, image_size: int, crop_fraction: float, num_threads: int
 ) -> ImageSet:
-    pixels = np.empty((len(ids), 3, image_size, image_size), dtype=np.uint8)
+    pixels = np.empty((len(ids), listing.channels, image_size, image_size), dtype=np.uint8)
     files = [listing.files[row] for row in ids.tolist()]
-    decode = partial(_decoded_or_error, image_size=image_size, crop_fraction=crop_fraction)
+    decode = partial(_decoded_or_error, image_size=image_size, crop_fraction=crop_fraction, channels=listing.channels)
     broken: list[DataError] = []
     with closing(in_order(decode, files, num_threads=num_threads, num_ahead=_NUM_AHEAD)) as decoded:
         for row, image in enumerate(decoded):
@@ -361,13 +374,13 @@ def _decode(
         raise _all_broken(broken, len(files))
     labels = torch.tensor(listing.labels, dtype=torch.int64)[torch.tensor(ids)]
     parts = [None if part is None else part[ids] for part in (listing.official_test, listing.official_val)]
-    return ImageSet.create(_NAME, torch.from_numpy(pixels), labels, listing.class_names, *parts)
+    return ImageSet.create(IMAGE_FOLDER, torch.from_numpy(pixels), labels, listing.class_names, *parts)
 
 
-def _decoded_or_error(file: Path, image_size: int, crop_fraction: float) -> np.ndarray | DataError:
+def _decoded_or_error(file: Path, image_size: int, crop_fraction: float, channels: int) -> np.ndarray | DataError:
     """The decoded image, or the error as a value, so that one message can list all broken files."""
     try:
-        return decode_file(file, image_size, crop_fraction)
+        return decode_file(file, image_size, crop_fraction, channels)
     except DataError as error:
         return error
 

@@ -89,7 +89,9 @@ def find_layout(root: Path, include: str | None = None) -> Layout:
         raise DataError(_too_few_classes(inner, parts["train"]))
     found.unused += inner.others
     aside = masks_and_thumbnails([each for classes in parts.values() for each in classes.values()])
-    files = {part: {name: _kept(each, aside) for name, each in classes.items()} for part, classes in parts.items()}
+    files: dict[Part, Mapping[str, Sequence[Path]]] = {
+        part: {name: _kept(each, aside) for name, each in classes.items()} for part, classes in parts.items()
+    }
     if found.unused:
         found.notes.append(f"Not used, because they are no images: {suffix_counts(found.unused)}.")
     return Layout(files, (*found.notes, *aside.notes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import PIL
 from dsnet.errors import DataError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from pyarrow import Schema, Table
 
 _SHARD = re.compile(r"-(\d+)-of-(\d+)")
 _KEY_VERSION = "1"  # raise it when the decoding of images changes what it returns
@@ -29,11 +30,21 @@ def find_parquet_files(folder: Path, split: str) -> list[Path]:
         DataError: A shard is missing, or the split is present twice.
     """
     files = sorted(folder.glob(f"{split}*.parquet"))
+    check_shards(folder, files, split)
+    return files
+
+
+def check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
+    """Check that files are one file, or all shards of one split.
+
+    Raises:
+        DataError: A shard is missing, or the split is present twice.
+    """
     shards = [match for file in files if (match := _SHARD.search(file.name))]
     if not shards:
         if len(files) > 1:
             raise DataError(f"{folder}: more than one {split} file ({_names(files)}); keep one of them")
-        return files
+        return
     totals = {int(shard[2]) for shard in shards}
     numbers = [int(shard[1]) for shard in shards]
     if len(shards) < len(files) or len(totals) > 1 or len(set(numbers)) < len(numbers):
@@ -45,7 +56,6 @@ def find_parquet_files(folder: Path, split: str) -> list[Path]:
         raise DataError(
             f"{folder}: shard {missing[0]:05d} of the {split} split is missing (found {_names(files)}); fetch it again"
         )
-    return files
 
 
 def parquet_key(splits: Mapping[str, Sequence[Path]]) -> str:
@@ -58,7 +68,7 @@ def parquet_key(splits: Mapping[str, Sequence[Path]]) -> str:
     return digest.hexdigest()
 
 
-def read_table(file: Path) -> pa.Table:
+def read_table(file: Path) -> Table:
     """Read a whole parquet file, checked for damage.
 
     Raises:
@@ -89,3 +99,35 @@ def _read_bytes(file: Path) -> bytes:
 
 def _names(files: Sequence[Path]) -> str:
     return ", ".join(file.name for file in files)
+
+
+def parquet_schema(file: Path) -> Schema:
+    """The schema of a parquet file, of which only the end is read.
+
+    Raises:
+        DataError: It cannot be read or is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{file}: not a whole parquet file ({reason}); fetch it again") from error
+
+
+def class_label_names(schema: Schema) -> dict[str, list[str]]:
+    """Column -> names of the classes, in label order, from the metadata that the library `datasets`
+    writes; without columns of which it says nothing."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = info["info"]["features"]
+        found = {column: feature["names"] for column, feature in features.items() if "names" in feature}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {
+        column: names
+        for column, names in found.items()
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    }

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from dsnet.data.decoding import centre_square, decode_rgb, image_suffixes, read_rgb
+from dsnet.data.decoding import centre_square, decode_rgb, image_suffixes, planes, read_rgb
 from dsnet.data.images import resize_images
 from dsnet.data.registry import native_image_size
 from dsnet.errors import DataError
@@ -78,8 +77,7 @@ class PhotoDecoder:
 
     def of_photo(self, photo: Image.Image) -> UInt8[Tensor, "channels size size"]:
         """The input of an upright RGB photo of any size."""
-        image = centre_square(photo, self.native_size, self.crop_fraction)
-        pixels = np.asarray(image.convert("L"))[None] if self.channels == 1 else np.asarray(image).transpose(2, 0, 1)
+        pixels = planes(centre_square(photo, self.native_size, self.crop_fraction), self.channels)
         decoded = torch.from_numpy(pixels.copy())
         return decoded if self.native_size == self.image_size else resize_images(decoded[None], self.image_size)[0]
 

@@ -17,8 +17,9 @@ from dsnet.wording import shown
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
 ImageSize = Annotated[int, Ge(MIN_IMAGE_SIZE), Le(MAX_IMAGE_SIZE)]
 """Height and width in pixels that networks accept."""
-PHOTOS = ("image_folder", "cifar10")
-"""Data sets whose networks can classify photos."""
+Colour = Literal["rgb", "grey"]
+CHANNELS: Mapping[Colour, int] = {"rgb": 3, "grey": 1}
+"""Number of channels of each value of `data.colour`."""
 Part = Literal["train", "val", "test"]
 """A part into which the people who published the data have divided it."""
 MAX_OPERATIONS = 14
@@ -80,6 +81,8 @@ class FileOptions(Settings):
     include: str | None = None
     """Image folders only: pattern of the files that are images, such as `*.jpg`; None: every file
     with the suffix of an image."""
+    colour: Colour | None = None
+    """rgb: three channels; grey: one; None: rgb for image folders, as stored for parquet files."""
     labels: str | None = None
     """Image folders only: table (CSV or parquet) of paths and labels; None: the folders are the
     classes."""
@@ -107,22 +110,6 @@ class FileOptions(Settings):
         return read_strictly(cls, written, cls.SECTION)
 
 
-class OptionsOfFiles(Protocol):
-    """The fields of `FileOptions`, as in its section of sweep.yaml."""
-
-    @property
-    def include(self) -> str | None: ...
-
-    @property
-    def labels(self) -> str | None: ...
-
-    @property
-    def skip_broken(self) -> int: ...
-
-    @property
-    def columns(self) -> ColumnNames: ...
-
-
 class ColumnNames(Protocol):
     """The fields of `Columns`."""
 
@@ -147,6 +134,16 @@ class DescribedImages(Protocol):
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class, in label order."""
+
+
+def can_mirror(images: DescribedImages) -> bool:
+    """Whether a mirrored image keeps its class: a mirrored 2 is not a 2."""
+    are_digits = images.name == "parquet" and all(name.isdigit() for name in images.class_names)
+    return images.name != "digits" and not are_digits
+
 
 def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -> tuple[str, str] | None:
     """The setting of a crop that is wrong or contradicts another one, and the problem as a phrase
@@ -161,30 +158,6 @@ def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -
             "crop_padding",
             f"{crop_padding} pixels cannot be combined with crop_scale, which crops already; remove one",
         )
-    return None
-
-
-def folder_problem(name: str, crop_fraction: float, stream: bool) -> tuple[str, str] | None:
-    """A setting for image folders only that is given for another data set, and the problem as a
-    phrase for a message; None if there is none."""
-    if name == "image_folder":
-        return None
-    if crop_fraction != 1:
-        return "crop_fraction", f"only an image_folder is cropped; remove {shown(crop_fraction)}"
-    return ("stream", f"only an image_folder can be streamed; {name} fits into memory") if stream else None
-
-
-def options_problem(name: str, options: OptionsOfFiles) -> tuple[str, str] | None:
-    """A setting for the files of image folders that is given for another data set, and the problem
-    as a phrase for a message; None if there is none."""
-    if name == "image_folder":
-        named = [column for column in ("image", "label", "split") if getattr(options.columns, column) is not None]
-        if named and options.labels is None:
-            return f"columns.{named[0]}", "names a column of a table of labels; write data.labels too, or remove it"
-        return None
-    for key in ("include", "labels", "skip_broken"):
-        if getattr(options, key):
-            return key, f"only for an image_folder; remove {shown(getattr(options, key))}"
     return None
 
 
@@ -238,7 +211,7 @@ class Augmentation(Settings):
         Args:
             images: The data set.
             crop_padding: None: an eighth of the image's width, or 0 where `crop_scale` is given.
-            flip: None: True, except for digits.
+            flip: None: `can_mirror`.
             cutout: As the field.
             others: The other fields.
 
@@ -254,7 +227,7 @@ class Augmentation(Settings):
         if crop_padding is None:
             crop_padding = images.image_shape[-1] // 8 if others.get("crop_scale") is None else 0
         if flip is None:
-            flip = images.name != "digits"  # a mirrored 2 is not a 2
+            flip = can_mirror(images)
         return cls(crop_padding, flip, cutout, **others)
 
     @property

@@ -8,7 +8,7 @@ its files.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from dsnet.data.cache import ImageCache
 from dsnet.data.image_folder import (
-    DEFAULT_OPTIONS,
     FolderListing,
     decode_images,
     list_image_folder,
@@ -30,13 +29,12 @@ from dsnet.data.image_folder import (
 )
 from dsnet.data.images import ImageSet
 from dsnet.data.normalization import Normalization
-from dsnet.data.registry import check_image_size, load_images
-from dsnet.data.settings import Augmentation, FileOptions, folder_problem, options_problem
+from dsnet.data.registry import DEFAULT_OPTIONS, IMAGE_FOLDER, check_image_size, check_source, load_images
+from dsnet.data.settings import Augmentation, DataSettings, FileOptions
 from dsnet.data.splits import SPLIT_NAMES, Splits
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.data.training_images import InMemoryImages, StreamedImages, TrainingImages
 from dsnet.seeds import derive_seed
-from dsnet.settings import PositiveFraction, SettingError, check_value
 
 NUM_NORMALIZATION_IMAGES = 2048
 
@@ -194,7 +192,7 @@ class StreamedFolder:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (3, self.image_size, self.image_size)
+        return (self.listing.channels, self.image_size, self.image_size)
 
     @property
     def fingerprint(self) -> str:
@@ -232,7 +230,13 @@ class StreamedFolder:
         files = tuple(str(self.listing.files[row].absolute()) for row in splits.train.tolist())
         labels = self.labels.index_select(0, torch.tensor(splits.train))
         return StreamedImages(
-            files, labels, self.image_size, augmentation, self.num_threads, crop_fraction=self.crop_fraction
+            files,
+            labels,
+            self.image_size,
+            augmentation,
+            self.num_threads,
+            crop_fraction=self.crop_fraction,
+            channels=self.listing.channels,
         )
 
     def _decoded(self, ids: np.ndarray) -> Batch:
@@ -272,12 +276,10 @@ def load_source(
             cannot be streamed or cropped.
         DataError: A file is missing, truncated or mislabelled; the message names it.
     """
-    check_value("data.crop_fraction", crop_fraction, PositiveFraction)
-    problem = folder_problem(name, crop_fraction, stream) or options_problem(name, options)
-    if problem is not None:
-        raise SettingError(f"data.{problem[0]}: {problem[1]}")
-    if name != "image_folder":
-        return InMemorySource(load_images(name, path, image_size))
+    given = {each.name: getattr(options, each.name) for each in fields(FileOptions)}
+    check_source(DataSettings(name=name, crop_fraction=crop_fraction, stream=stream, **given))
+    if name != IMAGE_FOLDER:
+        return InMemorySource(load_images(name, path, image_size, options))
     size = required_size(image_size)
     check_image_size(size)
     if stream:

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, JsonValue, WithJsonSchema, model_validator
 
+from dsnet.data.registry import data_set_names, find_data_set, source_problem
 from dsnet.data.settings import (
     IMAGENET,
     Augmentation,
+    Colour,
     CropScale,
     DataSettings,
     FileOptions,
@@ -19,14 +21,12 @@ from dsnet.data.settings import (
     SplitSize,
     WrittenNormalization,
     crop_problem,
-    folder_problem,
-    options_problem,
     written_normalization,
 )
 from dsnet.errors import ConfigError
 from dsnet.settings import Fraction, NonNegativeInt, PositiveFraction, PositiveInt, fits
 from dsnet.wording import shown
-from orchestration.config.section import FROM_LIST, BrokenRule, Section, Text, refuse
+from orchestration.config.section import FROM_LIST, BrokenRule, Known, Section, Text, refuse
 
 
 def _split_size(value: object) -> object:
@@ -65,6 +65,9 @@ NormalizationValue = Annotated[
 
 
 WrittenSplitSize = Annotated[SplitSize, BeforeValidator(_split_size)]
+
+
+DataName = Annotated[str, Known(data_set_names)]
 
 
 class AugmentConfig(Section):
@@ -138,9 +141,10 @@ class ColumnsConfig(Section):
 class DataConfig(Section):
     """Images, their splits and their augmentation."""
 
-    name: Literal["digits", "cifar10", "image_folder"]
-    """digits: inside scikit-learn | cifar10: parquet or official batches | image_folder: a folder
-    for each class, also in train/, val/ and test/."""
+    name: DataName
+    """digits: inside scikit-learn | cifar10: parquet or official batches | cifar100: official
+    batches | image_folder: a folder for each class, also in train/, val/ and test/ | parquet: any
+    image data set of the Hugging Face Hub."""
     path: Text | None = DataSettings.path
     """Folder of the images; `~` and $VARIABLES are expanded, relative to the working directory.
     null = $DSNET_DATA."""
@@ -163,6 +167,9 @@ class DataConfig(Section):
     """Image folders only: table (CSV or parquet) of paths and labels, relative to the folder; null
     = the folders are the classes."""
     columns: ColumnsConfig = ColumnsConfig()
+    colour: Colour | None = DataSettings.colour
+    """Channels of the images: rgb (three) | grey (one); null = rgb for image folders, as stored for
+    parquet files."""
     skip_broken: NonNegativeInt = DataSettings.skip_broken
     """Image folders only: number of images that may be broken; they are skipped and named."""
     normalization: NormalizationValue = None
@@ -181,13 +188,14 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _suits_the_source(self) -> DataConfig:
-        if self.name == "image_folder" and self.image_size is None:
+        known = find_data_set(self.name)
+        if known.needs_size and self.image_size is None:
             refuse(BrokenRule(("image_size",), "an image folder needs it: the side in pixels, 8 to 512"))
-        problem = folder_problem(self.name, self.crop_fraction, self.stream) or options_problem(self.name, self)
+        problem = source_problem(self)
         if problem is not None:
             refuse(BrokenRule(tuple(problem[0].split(".")), problem[1]))
-        if self.name == "digits" and self.path is not None:
-            message = f"digits comes with scikit-learn and takes no folder; remove {shown(self.path)}"
+        if not known.has_folder and self.path is not None:
+            message = f"{self.name} comes with scikit-learn and takes no folder; remove {shown(self.path)}"
             refuse(BrokenRule(("path",), message))
         if self.stream and self.augment.crop_padding:
             message = (

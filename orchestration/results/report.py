@@ -31,7 +31,7 @@ from dashboards.routers import RouterResult, RoutersInfo, routers_figure
 from dashboards.routes import RoutesInfo
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
-from dsnet.data.settings import PHOTOS
+from dsnet.data.registry import find_data_set
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json
 from dsnet.measure.settings import MAIN_DEVICE
@@ -132,7 +132,7 @@ def bundle_commands(run: RunDir, config: SweepConfig) -> tuple[tuple[str, str], 
         command_line("predict", bundle, "PHOTO...", own_code=own_code),
     )
     serve = ("Answer HTTP requests with the bundle of the knee", command_line("serve", bundle, own_code=own_code))
-    return (photos, serve) if config.data.name in PHOTOS else (serve,)
+    return (photos, serve) if find_data_set(config.data.name).has_photos else (serve,)
 
 
 def _model_name(results: RunResults) -> str:

@@ -11,7 +11,6 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from dsnet.data.registry import data_set_names
 from dsnet.measure.settings import DeviceSettings
 from dsnet.settings import OneOf, Settings, alternatives, dotted_keys, split_bounds, types_of
 from dsnet.standalone.resolved import StandaloneConfig
@@ -156,10 +155,6 @@ def test_only_what_is_open_by_default_differs_from_the_core() -> None:
     default_of = {core.key: core.default for core in COMPARED}
     left_open = {key for key in OPEN if known_fields()[key].default in (None, FROM_DATA) and key in default_of}
     assert left_open == OPEN
-
-
-def test_the_data_sets_of_a_file_are_registered() -> None:
-    assert sorted(get_args(known_fields()["data.name"].annotation)) == sorted(data_set_names())
 
 
 @pytest.mark.parametrize(
