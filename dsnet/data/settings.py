@@ -20,6 +20,7 @@ ImageSize = Annotated[int, Ge(MIN_IMAGE_SIZE), Le(MAX_IMAGE_SIZE)]
 Colour = Literal["rgb", "grey"]
 CHANNELS: Mapping[Colour, int] = {"rgb": 3, "grey": 1}
 """Number of channels of each value of `data.colour`."""
+Balance = Literal["none", "weights", "sampling"]
 Part = Literal["train", "val", "test"]
 """A part into which the people who published the data have divided it."""
 MAX_OPERATIONS = 14
@@ -333,6 +334,9 @@ class DataSettings(FileOptions):
     defaults."""
     stream: bool = False
     """Image folders only: stream `train` from its files during training."""
+    balance: Balance = "none"
+    """What is done about uneven classes in the training of the supernet; see
+    `dsnet.training.balance`."""
     normalization: Literal["imagenet"] | Mapping[str, Any] | None = None
     """Normalisation of the images: `imagenet`, or the fields of `WrittenNormalization`; None: that
     of the checkpoint from which training starts, or mean and deviation of `train`."""

@@ -197,8 +197,8 @@ def _sentences(survey: Survey) -> Iterator[str]:
         yield f"Pictures per class: {fewest:,} to {most:,}."
     if most >= UNEVEN * fewest:
         yield (
-            f"The classes are unbalanced ({fewest:,} to {most:,} pictures): accuracy is the mean over pictures, so "
-            "that rare classes count little."
+            f"The classes are unbalanced ({fewest:,} to {most:,} pictures): top1 is the mean over pictures, so that rare classes "
+            "count little; the metric balanced_top1 is the mean over classes, and data.balance trains them evenly."
         )
     yield from survey.listing.in_words()
 

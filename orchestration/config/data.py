@@ -11,6 +11,7 @@ from dsnet.data.registry import data_set_names, find_data_set, source_problem
 from dsnet.data.settings import (
     IMAGENET,
     Augmentation,
+    Balance,
     Colour,
     CropScale,
     DataSettings,
@@ -172,6 +173,10 @@ class DataConfig(Section):
     parquet files."""
     skip_broken: NonNegativeInt = DataSettings.skip_broken
     """Image folders only: number of images that may be broken; they are skipped and named."""
+    balance: Balance = DataSettings.balance
+    """Uneven classes in the training of the supernet: none | weights (the loss of an image is
+    weighted by the inverse frequency of its class) | sampling (every epoch has equally many images
+    of each class, those of rare classes several times)."""
     normalization: NormalizationValue = None
     """Normalisation of the images: imagenet | {mean: [...], std: [...]}, one value per channel, for
     pixels in 0..1 as in torchvision; null = that of the checkpoint in supernet.init_from, else mean

@@ -38,9 +38,8 @@ _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
 }
 
 
-_NOT_IN_DATA_KEY = {"path", "crop_fraction", "normalization", *(each.name for each in fields(FileOptions))}
-"""Settings of the data on which its fingerprint depends, and the normalisation, which has a form of
-its own."""
+_NOT_IN_DATA_KEY = {"path", "crop_fraction", "normalization", "balance", *(each.name for each in fields(FileOptions))}
+"""Settings of the data on which its fingerprint depends, and those that enter in another form."""
 
 
 def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
@@ -59,13 +58,13 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
         data = config.data.model_dump(mode="json", exclude=_NOT_IN_DATA_KEY)
         return {
             "seed": config.seed,
-            "data": data | _normalization(config),
+            "data": data | _normalization(config) | _balance(config),
             "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
         }
     if stage == "structure":
         structure = without_unread(config.supernet.structure.model_dump(mode="json", exclude={"concurrent"}))
         chosen: dict[str, JsonValue] = {"seed": config.seed, "supernet": {"structure": structure}}
-        return chosen | ({"data": own} if (own := _normalization(config)) else {})
+        return chosen | ({"data": own} if (own := _normalization(config) | _balance(config)) else {})
     if stage == "measure":
         return {"measure": _measure_subset(config)}
     if stage == "search":
@@ -82,6 +81,13 @@ def _normalization(config: SweepConfig) -> dict[str, Any]:
     before that setting stay valid."""
     written = config.data.written_normalization()
     return {} if written is None else {"normalization": asdict(written)}
+
+
+def _balance(config: SweepConfig) -> dict[str, Any]:
+    """The treatment of uneven classes; nothing for none, so that keys from before that setting stay
+    valid."""
+    balance = config.data.balance
+    return {} if balance == "none" else {"balance": balance}
 
 
 def _measure_subset(config: SweepConfig) -> dict[str, JsonValue]:

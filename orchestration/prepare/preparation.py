@@ -157,6 +157,7 @@ class Prepared:
             augmentation=Augmentation.for_images(self.image_set, **config.data.augment.model_dump()),
             normalization=self.normalization,
             seed=config.seed,
+            balance=config.data.balance,
             weights=supernet.weights,
             recalibration_images=images,
             recalibration_batch=supernet.recalibration.batch_size,
