@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from dsnet.data.decoding import read_regular_file
 from dsnet.data.labels import check_labels
 from dsnet.errors import DataError
 from dsnet.wording import size as size_text
@@ -82,12 +83,9 @@ def read_batch_folder(folder: Path, layout: BatchLayout) -> tuple[Split, Split, 
     """
     files: dict[str, bytes] = {}
     for name in layout.files:
-        try:
-            files[name] = (folder / name).read_bytes()
-        except FileNotFoundError as error:
-            raise DataError(f"{folder / name} is missing; unpack {layout.archive} again") from error
-        except OSError as error:
-            raise DataError(f"{folder / name}: cannot be read ({error.strerror}); check its permissions") from error
+        if not (folder / name).exists():
+            raise DataError(f"{folder / name} is missing; unpack {layout.archive} again")
+        files[name] = read_regular_file(folder / name)
     return _read_batches(files, lambda name: str(folder / name), layout)
 
 

@@ -29,7 +29,7 @@ from dsnet.wording import size as size_text
 MAX_PIXELS = 2**27
 """Largest width x height of an image that is decoded, 134 million pixels: 400 MB as RGB."""
 MAX_FILE_BYTES = 2**29
-"""Largest image file that is read, 512 MiB."""
+"""Largest file that is read as a whole, 512 MiB."""
 _LARGE_PIXELS = 2**25
 """Images above this are decoded one at a time, so that the memory does not grow with the
 threads."""
@@ -100,11 +100,11 @@ def read_rgb(file: Path, formats: Sequence[str] | None = None) -> Image.Image:
     Raises:
         DataError: The file cannot be read or does not decode; the message names it.
     """
-    return decode_rgb(read_image_file(file), str(file), formats)
+    return decode_rgb(read_regular_file(file), str(file), formats)
 
 
-def read_image_file(file: Path) -> bytes:
-    """The bytes of an image file.
+def read_regular_file(file: Path) -> bytes:
+    """The bytes of a file.
 
     Named pipes and devices are never read, because they may not end.
 
@@ -116,8 +116,9 @@ def read_image_file(file: Path) -> bytes:
         # Without blocking: opening a named pipe would wait for somebody who writes to it.
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as opened:
-            check_regular(file, os.fstat(descriptor))
-            return opened.read(MAX_FILE_BYTES + 1)
+            status = os.fstat(descriptor)
+            check_regular(file, status)
+            return opened.read(status.st_size)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); replace or remove it") from error
 

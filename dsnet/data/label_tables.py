@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from dsnet.data.decoding import check_regular, read_regular_file
 from dsnet.data.image_files import Tree, scan, suffix_counts
 from dsnet.data.layouts import Layout, part_of
 from dsnet.data.settings import Columns, Part
@@ -189,8 +190,8 @@ def _rows(table: Path, columns: Columns) -> Iterator[_Row]:
 
 def _csv(table: Path) -> tuple[list[str], Iterator[list[str]]]:
     try:
-        text = table.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular_file(table).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise DataError(
             f"{table}: data.labels cannot be read as text in UTF-8 ({error}); give a CSV or parquet file"
         ) from error
@@ -207,6 +208,12 @@ def _csv(table: Path) -> tuple[list[str], Iterator[list[str]]]:
 def _parquet(table: Path) -> tuple[list[str], Iterator[list[str]]]:
     from dsnet.data.parquet_files import read_table
 
+    try:
+        check_regular(table, table.stat())
+    except OSError as error:
+        raise DataError(
+            f"{table}: data.labels cannot be read ({error.strerror}); give a CSV or parquet file"
+        ) from error
     content = read_table(table)
     texts = [["" if value is None else str(value) for value in column.to_pylist()] for column in content.columns]
     return content.column_names, (list(row) for row in zip(*texts, strict=True))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from dsnet.data.decoding import read_regular_file
 from dsnet.data.image_files import SetAside, Tree, masks_and_thumbnails, scan, suffix_counts
 from dsnet.data.settings import Part
 from dsnet.errors import DataError
@@ -198,8 +199,8 @@ def _annotated(folder: Tree, table: Path) -> dict[str, Tree]:
     by_name = {file.name: file for file in folder.all_images()}
     classes: dict[str, list[Path]] = {}
     try:
-        lines = table.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_regular_file(table).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
         raise DataError(f"{table}: cannot be read as text ({error}); replace it") from error
     for number, line in enumerate(lines, 1):
         name, _, rest = line.partition("\t")

@@ -61,6 +61,14 @@ def test_what_is_missing_or_wrong_is_told(tmp_path: Path) -> None:
         load_cifar100(folder)
 
 
+def test_a_batch_that_is_a_device_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c")
+    (folder / "train").unlink()
+    (folder / "train").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"no CIFAR-100"):
+        load_cifar100(folder)
+
+
 def bomb(file: Path, name: str, num_bytes: int) -> None:
     """An archive whose header promises a member of this size; its content is zeros as far as they
     are written."""

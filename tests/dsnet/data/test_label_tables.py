@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -109,7 +110,18 @@ def test_a_wrong_table_is_told_with_its_row(root: Path, text: str, message: str)
 def test_a_wrong_column_or_file_is_told(root: Path) -> None:
     with pytest.raises(DataError, match=r"data\.columns\.label: no column 'labl'; did you mean 'label'"):
         listing(root, "path,label\na/1.jpg,dog\n", label="labl")
-    with pytest.raises(DataError, match=r"gone\.csv: data\.labels cannot be read"):
+    with pytest.raises(DataError, match=r"gone\.csv: cannot be read"):
         list_image_folder(root, FileOptions(labels="gone.csv"))
     with pytest.raises(ConfigError, match=r"data\.skip_broken is -1"):
         FileOptions(skip_broken=-1)
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.parquet"])
+def test_a_table_that_would_never_end_is_refused(root: Path, name: str) -> None:
+    (root / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"cannot be read \(it is a device, not a file\)"):
+        list_image_folder(root, FileOptions(labels=name))
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    with pytest.raises(DataError, match=r"cannot be read \(it is a named pipe, not a file\)"):
+        list_image_folder(root, FileOptions(labels=name))
