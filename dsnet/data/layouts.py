@@ -85,7 +85,7 @@ def find_layout(root: Path, include: str | None = None) -> Layout:
     found = _Found()
     inner = _inner(tree, found)
     folders = _part_folders(inner)
-    parts = _parts(inner, folders, found) if folders else {"train": _classes(inner, found)}
+    parts: dict[Part, dict[str, Tree]] = _parts(inner, folders, found) if folders else {"train": _classes(inner, found)}
     if len(parts["train"]) < 2:
         raise DataError(_too_few_classes(inner, parts["train"]))
     found.unused += inner.others
