@@ -30,7 +30,7 @@ from benchmarks.harness import Estimate, Headline, Options, Report, Section, run
 from benchmarks.regime_report import t_interval
 from dsnet.data.settings import Augmentation, SplitSizes
 from dsnet.data.sources import ImageSource, load_source
-from dsnet.data.splits import Splits, make_splits
+from dsnet.data.splits import Splits, splits_of
 from dsnet.data.tensors import TensorData
 from dsnet.data.training_images import InMemoryImages
 from dsnet.families import Task
@@ -139,7 +139,7 @@ class Material:
     def load(cls, scale: Scale) -> Material:
         """Read the images."""
         source = load_source(scale.data)
-        splits = make_splits(source.labels.numpy(), source.official_test, scale.sizes)
+        splits = splits_of(source, scale.sizes)
         return cls(scale, source, splits, source.tensor_data(splits, open_test=True))
 
     @property

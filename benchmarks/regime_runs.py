@@ -27,7 +27,7 @@ from dsnet.data.images import ImageSet
 from dsnet.data.normalization import Normalization
 from dsnet.data.registry import load_images
 from dsnet.data.settings import Augmentation, SplitSizes
-from dsnet.data.splits import make_splits
+from dsnet.data.splits import splits_of
 from dsnet.data.tensors import TensorData
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import ConfigError, NonFiniteLossError, PreflightError
@@ -161,7 +161,7 @@ def load_material(scale: Scale, path: Path | None) -> Material:
 def divided(image_set: ImageSet, sizes: SplitSizes, augmentation: Augmentation | None = None) -> Material:
     """Split a data set for all runs of a folder; an augmentation of None is the data's usual
     one."""
-    splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes)
+    splits = splits_of(image_set, sizes)
     data = TensorData.from_images(image_set, splits, open_test=True)
     images = data.images("train")
     channels, _, size = data.image_shape

@@ -23,7 +23,7 @@ from benchmarks.regime_runs import Job, Material, divided
 from dsnet.data.registry import load_images
 from dsnet.data.settings import SplitSizes
 from dsnet.data.sources import ImageSource, InMemorySource
-from dsnet.data.splits import Splits, make_splits
+from dsnet.data.splits import Splits, splits_of
 from dsnet.data.training_images import TrainingImages
 from dsnet.errors import ConfigError, NonFiniteLossError, StoppedError
 from dsnet.families import layout, rebuild
@@ -278,7 +278,7 @@ def load_split_images(scale: Scale, path: Path | None) -> Images:
         DataError: the images are not there.
     """
     images, sizes = load_images(scale.data, path), SplitSizes(**scale.sizes)
-    splits = make_splits(images.labels.numpy(), images.official_test, sizes)
+    splits = splits_of(images, sizes)
     return Images(divided(images, sizes), InMemorySource(images), splits)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Final, Literal
 
+from dashboards.classes import MAX_CLASSES, ClassesInfo, classes_table
 from dashboards.front import FrontInfo, front_figure
 from dashboards.headline import NOT_VERIFIED, Headline, headline_section
 from dashboards.hypervolume import HypervolumeInfo, hypervolume_figure
@@ -58,6 +59,7 @@ class ReportData:
     routers: RoutersInfo | None = None
     speedups: SpeedupsInfo | None = None
     routes: RoutesInfo | None = None
+    classes: ClassesInfo | None = None
     widths: WidthsInfo | None = None
     structure: StructureInfo | None = None
     training: TrainingInfo | None = None
@@ -89,6 +91,7 @@ def build_report(data: ReportData) -> str:
         _speedups_section(data),
         _hypervolume_section(data),
         _routes_section(data),
+        _classes_section(data),
         _widths_section(data),
         _structure_section(data),
         _training_section(data),
@@ -268,6 +271,20 @@ def _routes_section(data: ReportData) -> str:
         gate = data.headline.knee if data.headline.knee in info.gates else info.gates[0]
         content += chart("routes-by-class", class_routes_figure(info, gate))
     return _section("Routes", caption, content)
+
+
+def _classes_section(data: ReportData) -> str:
+    """Section about the accuracy within each class; empty before there is a routing table."""
+    info = data.classes
+    if info is None:
+        return ""
+    caption = (
+        f"Top-1 within each class on {info.split}, the lowest first. The mean over classes is the metric balanced_top1: in it "
+        "rare classes count as much as frequent ones."
+    )
+    if len(info.classes) > MAX_CLASSES:
+        caption += f" The table shows {MAX_CLASSES} of {len(info.classes):,} classes."
+    return _section("Classes", caption, classes_table(info))
 
 
 def _widths_section(data: ReportData) -> str:

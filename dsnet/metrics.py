@@ -93,3 +93,35 @@ for _metric in (
     Metric(name="params_m", label="params_m", goal="minimize"),
 ):
     register(_metric)
+
+
+def balanced_top1(run: Any, table: Any) -> float:
+    """Mean over the classes of the top-1 within each class; classes without images do not count."""
+    found = [accuracy for _, accuracy in top1_by_class(run, table).values()]
+    return sum(found) / len(found)
+
+
+def top1_by_class(run: Any, table: Any) -> dict[int, tuple[int, float]]:
+    """Label -> (number of images, top-1) of the classes that have images in the table.
+
+    Args:
+        run: A `dsnet.routing.table_routing.TableRun`.
+        table: The `dsnet.routing.routing_table.RoutingTable` that was routed.
+    """
+    import numpy as np  # here: commands that compute nothing read this module too
+
+    correct = table.correct1[np.arange(table.num_images), run.routes]
+    counts = np.bincount(table.labels)
+    right = np.bincount(table.labels, weights=correct)
+    return {label: (int(count), float(right[label] / count)) for label, count in enumerate(counts.tolist()) if count}
+
+
+register(
+    Metric(
+        name="balanced_top1",
+        label="balanced top-1\u00a0%",
+        goal="maximize",
+        is_share=True,
+        of_run=balanced_top1,
+    )
+)

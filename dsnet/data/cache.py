@@ -14,12 +14,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dsnet.data.images import ImageSet
+from dsnet.files import atomic_write_text
 
 CACHE_VARIABLE = "DSNET_CACHE"
 
@@ -57,6 +59,30 @@ class ImageCache:
             _write(path, image_set)
         return image_set
 
+    def load_or_make_json(self, name: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a cached JSON object, or call `make()` and cache its result.
+
+        Args:
+            name: The name with which the file's name begins.
+            key: Hex digest of everything that the result depends on.
+            make: Computes it; its errors are passed on, and nothing is cached then.
+        """
+        path = self.folder / "data" / f"{name}-{key[:24]}.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                return found
+        except (OSError, ValueError) as error:
+            if path.exists():
+                _log.info("%s cannot be read and is made again: %s", path, error)
+        made = make()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(path, json.dumps(made))
+        except OSError as error:
+            _log.warning("not cached, the next start computes it again: %s: %s", path, error)
+        return made
+
 
 def _read(path: Path) -> ImageSet | None:
     if not path.exists():
@@ -65,9 +91,9 @@ def _read(path: Path) -> ImageSet | None:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads(file.metadata()["image_set"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
-        is_test = tensors["official_test"].numpy() if "official_test" in tensors else None
+        parts = [tensors[part].numpy() if part in tensors else None for part in ("official_test", "official_val")]
         image_set = ImageSet.create(
-            metadata["name"], tensors["images"], tensors["labels"], metadata["class_names"], is_test
+            metadata["name"], tensors["images"], tensors["labels"], metadata["class_names"], *parts
         )
     except (
         SafetensorError,
@@ -89,8 +115,9 @@ def _read(path: Path) -> ImageSet | None:
 
 def _write(path: Path, image_set: ImageSet) -> None:
     tensors = {"images": image_set.images, "labels": image_set.labels}
-    if image_set.official_test is not None:
-        tensors["official_test"] = torch.from_numpy(image_set.official_test)
+    for name, part in (("official_test", image_set.official_test), ("official_val", image_set.official_val)):
+        if part is not None:
+            tensors[name] = torch.from_numpy(part)
     metadata = {
         "name": image_set.name,
         "class_names": list(image_set.class_names),

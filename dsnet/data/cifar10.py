@@ -9,38 +9,48 @@ import numpy as np
 import torch
 
 from dsnet.data.cache import ImageCache, default_cache_folder
-from dsnet.data.cifar10_batches import (
-    ARCHIVE_NAME,
-    FOLDER_NAME,
-    META,
-    TEST_BATCH,
-    TRAIN_BATCHES,
-    Split,
-    read_archive,
-    read_batch_folder,
-)
-from dsnet.data.cifar10_parquet import find_parquet_files, parquet_key, read_parquet_split
+from dsnet.data.cifar10_parquet import is_cifar10, read_parquet_split
+from dsnet.data.cifar_batches import BatchLayout, Split, read_archive, read_batch_folder
 from dsnet.data.images import ImageSet
 from dsnet.data.location import data_root
+from dsnet.data.parquet_files import find_parquet_files, parquet_key
+from dsnet.data.settings import FileOptions
 from dsnet.errors import DataError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """Class names in label order."""
 
 IMAGE_SIZE = 32
+BATCHES = BatchLayout(
+    title="CIFAR-10",
+    archive="cifar-10-python.tar.gz",
+    folder="cifar-10-batches-py",
+    train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+    test="test_batch",
+    meta="batches.meta",
+    labels="labels",
+    names="label_names",
+    class_names=CLASS_NAMES,
+)
+"""The official batches."""
 
 # Subfolders to search: as unpacked, as cloned from the hub (`plain_text` or `data`), or in a folder
 # of its own.
 _SUBFOLDERS = (
     "",
     "cifar10",
-    FOLDER_NAME,
+    BATCHES.folder,
     "plain_text",
     "data",
-    f"cifar10/{FOLDER_NAME}",
+    f"cifar10/{BATCHES.folder}",
     "cifar10/plain_text",
     "cifar10/data",
 )
+
+
+def load(path: str | Path | None, _image_size: int | None, _options: FileOptions) -> ImageSet:
+    """The loader of the registry."""
+    return load_cifar10(path)
 
 
 def load_cifar10(path: str | Path | None = None, cache: ImageCache | None = None) -> ImageSet:
@@ -59,8 +69,10 @@ def load_cifar10(path: str | Path | None = None, cache: ImageCache | None = None
     root = data_root("cifar10", path)
     if root.is_file():
         if not root.name.endswith((".tar.gz", ".tgz")):
-            raise DataError(f"{root}: neither a folder nor {ARCHIVE_NAME}; set data.path to the folder with the files")
-        return _image_set(*read_archive(root, CLASS_NAMES, IMAGE_SIZE))
+            raise DataError(
+                f"{root}: neither a folder nor {BATCHES.archive}; set data.path to the folder with the files"
+            )
+        return _of_batches(*read_archive(root, BATCHES))
     cache = cache or ImageCache(default_cache_folder())
     for subfolder in _SUBFOLDERS:
         read = _reader(root / subfolder, cache)
@@ -68,20 +80,24 @@ def load_cifar10(path: str | Path | None = None, cache: ImageCache | None = None
             return read()
     raise DataError(
         f"no CIFAR-10 in {root}: looked there and in {', '.join(_SUBFOLDERS[1:])} for train*.parquet "
-        f"and test*.parquet, for data_batch_1..5 and for {ARCHIVE_NAME}; set data.path or DSNET_DATA to the folder "
+        f"and test*.parquet, for data_batch_1..5 and for {BATCHES.archive}; set data.path or DSNET_DATA to the folder "
         "that holds one of them"
     )
 
 
 def holds_cifar10(root: Path) -> bool:
-    """Whether a folder or an archive looks like CIFAR-10, judged by file names only."""
+    """Whether a folder or an archive holds CIFAR-10: its official batches, or parquet files that
+    say so by their class names or the folders in the paths of their images."""
     if root.is_file():
-        return root.name == ARCHIVE_NAME
-    names = (*TRAIN_BATCHES, META, ARCHIVE_NAME)
-    return any(
-        bool(find_parquet_files(root / below, "train")) or any((root / below / name).exists() for name in names)
-        for below in _SUBFOLDERS
-    )
+        return root.name == BATCHES.archive
+    names = (*BATCHES.train, BATCHES.meta, BATCHES.archive)
+    for below in _SUBFOLDERS:
+        if any((root / below / name).exists() for name in names):
+            return True
+        files = find_parquet_files(root / below, "train")
+        if files and is_cifar10(files[0], CLASS_NAMES):
+            return True
+    return False
 
 
 def _reader(folder: Path, cache: ImageCache) -> Callable[[], ImageSet] | None:
@@ -97,11 +113,11 @@ def _reader(folder: Path, cache: ImageCache) -> Callable[[], ImageSet] | None:
     if train or test:
         missing, found = ("test", train) if train else ("train", test)
         raise DataError(f"{folder}: {found[0].name} is there, but {missing}*.parquet is missing; fetch it again")
-    if any((folder / name).exists() for name in (*TRAIN_BATCHES, TEST_BATCH, META)):
-        return lambda: _image_set(*read_batch_folder(folder, CLASS_NAMES, IMAGE_SIZE))
-    archive = folder / ARCHIVE_NAME
+    if any((folder / name).exists() for name in (*BATCHES.train, BATCHES.test, BATCHES.meta)):
+        return lambda: _of_batches(*read_batch_folder(folder, BATCHES))
+    archive = folder / BATCHES.archive
     if archive.exists():
-        return lambda: _image_set(*read_archive(archive, CLASS_NAMES, IMAGE_SIZE))
+        return lambda: _of_batches(*read_archive(archive, BATCHES))
     return None
 
 
@@ -112,6 +128,10 @@ def _load_parquet(train: list[Path], test: list[Path], cache: ImageCache) -> Ima
         )
 
     return cache.load_or_make("cifar10", parquet_key({"train": train, "test": test}), decode)
+
+
+def _of_batches(train: Split, test: Split, _names: object) -> ImageSet:
+    return _image_set(train, test)
 
 
 def _image_set(train: Split, test: Split) -> ImageSet:

@@ -6,18 +6,16 @@ name}, `label` = integer.
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
-import PIL
 from jaxtyping import Int64, UInt8
 
 from dsnet.data.decoding import decode_rgb
 from dsnet.data.labels import check_labels
+from dsnet.data.parquet_files import class_label_names, parquet_schema, read_table
 from dsnet.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,47 +23,23 @@ if TYPE_CHECKING:
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMN = "label"
-_SHARD = re.compile(r"-(\d+)-of-(\d+)")
-_KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
 
 
-def find_parquet_files(folder: Path, split: str) -> list[Path]:
-    """The parquet files of one split in order: `split.parquet`, or all shards
-    `split-00000-of-0000N.parquet`.
+def is_cifar10(file: Path, class_names: Sequence[str]) -> bool:
+    """Whether a parquet file says that it is CIFAR-10: by the class names in its metadata, or by
+    the folder in the path of its first image."""
+    import pyarrow.parquet as pq
 
-    The list is empty where the folder holds none.
-
-    Raises:
-        DataError: A shard is missing, or the split is present twice.
-    """
-    files = sorted(folder.glob(f"{split}*.parquet"))
-    shards = [match for file in files if (match := _SHARD.search(file.name))]
-    if not shards:
-        if len(files) > 1:
-            raise DataError(f"{folder}: more than one {split} file ({_names(files)}); keep one of them")
-        return files
-    totals = {int(shard[2]) for shard in shards}
-    numbers = [int(shard[1]) for shard in shards]
-    if len(shards) < len(files) or len(totals) > 1 or len(set(numbers)) < len(numbers):
-        raise DataError(
-            f"{folder}: the {split} split is there more than once ({_names(files)}); keep one set of shards"
-        )
-    missing = sorted(set(range(totals.pop())) - set(numbers))
-    if missing:
-        raise DataError(
-            f"{folder}: shard {missing[0]:05d} of the {split} split is missing (found {_names(files)}); fetch it again"
-        )
-    return files
-
-
-def parquet_key(splits: Mapping[str, Sequence[Path]]) -> str:
-    """Cache key: SHA-256 over the content of each split's files and the versions of the decoder."""
-    digest = hashlib.sha256(f"{_KEY_VERSION} pillow {PIL.__version__}".encode())
-    for split, files in splits.items():
-        digest.update(split.encode())
-        for file in files:
-            digest.update(hashlib.sha256(_read_bytes(file)).digest())
-    return digest.hexdigest()
+    schema = parquet_schema(file)
+    names = class_label_names(schema).get(_LABEL_COLUMN)
+    if names is not None:
+        return list(names) == list(class_names)
+    column = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
+    if column is None or schema.field(column).type.num_fields == 0:
+        return False
+    rows = next(pq.ParquetFile(file).iter_batches(batch_size=1, columns=[column]), None)
+    path = "" if rows is None else (rows.column(0).to_pylist()[0] or {}).get("path")
+    return PurePosixPath(path or "").parent.name in class_names
 
 
 def read_parquet_split(
@@ -92,7 +66,8 @@ def read_parquet_split(
 
 
 def _read_file(file: Path, class_names: Sequence[str], image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    table = _read_table(file)
+    table = read_table(file)
+    _check_names(file, table.schema, class_names)
     image_column = _image_column(file, table)
     labels = _read_labels(file, table)
     check_labels(labels, class_names, str(file))
@@ -108,19 +83,14 @@ def _read_file(file: Path, class_names: Sequence[str], image_size: int) -> tuple
     return pixels, labels
 
 
-def _read_table(file: Path) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file).read()
-        table.validate(full=True)  # detects damage inside a page: invalid UTF-8, offsets out of bounds
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{file}: not a whole parquet file ({reason}); fetch it again") from error
-    if table.num_rows == 0:
-        raise DataError(f"{file}: holds no rows; fetch it again")
-    return table
+def _check_names(file: Path, schema: pa.Schema, class_names: Sequence[str]) -> None:
+    names = class_label_names(schema).get(_LABEL_COLUMN)
+    if names is not None and list(names) != list(class_names):
+        shown = ", ".join(names[:3])
+        raise DataError(
+            f"{file}: not CIFAR-10: its {len(names)} classes are {shown}, ...; set data.name to parquet, which reads any data set "
+            "of the hub"
+        )
 
 
 def _image_column(file: Path, table: pa.Table) -> str:
@@ -184,16 +154,3 @@ def _decode(data: bytes | None, image_size: int, where: str) -> np.ndarray:
         width, height = image.size
         raise DataError(f"{where}: the image is {width}x{height}, must be {image_size}x{image_size} pixels")
     return np.asarray(image).transpose(2, 0, 1)
-
-
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror}); check its permissions or fetch it again"
-        ) from error
-
-
-def _names(files: Sequence[Path]) -> str:
-    return ", ".join(file.name for file in files)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dsnet.data.images import ImageSet
+from dsnet.data.settings import FileOptions
 from dsnet.errors import ConfigError
 
 IMAGE_SIZE = 8
@@ -18,6 +19,11 @@ _LARGEST_VALUE = 16  # the scans hold 0..16
 _FILE = ("datasets", "data", "digits.csv.gz")
 """Path of the file with the scans, below the folder of scikit-learn; a row has 64 pixels and the
 digit."""
+
+
+def load(path: str | Path | None, _image_size: int | None, _options: FileOptions) -> ImageSet:
+    """The loader of the registry."""
+    return load_digits(path)
 
 
 def load_digits(path: str | Path | None = None) -> ImageSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,8 +33,12 @@ class ImageSet:
     """bool [N]: the images that the data's authors set aside for testing; None where there are
     none."""
     fingerprint: str
-    """SHA-256 over pixels, labels, class names and the official test part; stage keys depend on
-    it."""
+    """SHA-256 over pixels, labels, class names and the official parts; stage keys depend on it."""
+    official_val: Bool[np.ndarray, " images"] | None = None
+    """bool [N]: the images that the data's authors set aside for validation; None where there are
+    none."""
+    notes: tuple[str, ...] = ()
+    """Sentences about how the data was read, for people."""
 
     def __post_init__(self) -> None:
         assert self.images.dtype == torch.uint8, self.images.dtype
@@ -42,7 +46,8 @@ class ImageSet:
         assert self.images.is_contiguous()
         assert self.labels.dtype == torch.int64, self.labels.dtype
         assert self.labels.shape == (self.num_images,), (tuple(self.labels.shape), self.num_images)
-        assert self.official_test is None or self.official_test.shape == (self.num_images,)
+        for part in (self.official_val, self.official_test):
+            assert part is None or part.shape == (self.num_images,)
         assert int(self.labels.min()) >= 0
         assert int(self.labels.max()) < self.num_classes
 
@@ -54,6 +59,7 @@ class ImageSet:
         labels: Int64[Tensor, " images"],
         class_names: Sequence[str],
         official_test: Bool[np.ndarray, " images"] | None = None,
+        official_val: Bool[np.ndarray, " images"] | None = None,
     ) -> ImageSet:
         """Build a set and compute its fingerprint.
 
@@ -63,10 +69,11 @@ class ImageSet:
             labels: int64 [N].
             class_names: One name per class, in label order.
             official_test: bool [N], or None where the data has no test split of its own.
+            official_val: bool [N], or None where the data has no validation split of its own.
         """
         images = images.contiguous()
-        fingerprint = _fingerprint(images, labels, class_names, official_test)
-        return cls(name, images, labels, tuple(class_names), official_test, fingerprint)
+        fingerprint = _fingerprint(images, labels, class_names, official_test, official_val)
+        return cls(name, images, labels, tuple(class_names), official_test, fingerprint, official_val)
 
     @property
     def num_images(self) -> int:
@@ -88,7 +95,10 @@ class ImageSet:
         if self.image_shape[1:] == (image_size, image_size):
             return self
         images = resize_images(self.images, image_size)
-        return ImageSet.create(self.name, images, self.labels, self.class_names, self.official_test)
+        resized = ImageSet.create(
+            self.name, images, self.labels, self.class_names, self.official_test, self.official_val
+        )
+        return replace(resized, notes=self.notes)
 
 
 def resize_images(
@@ -105,11 +115,20 @@ def resize_images(
     return resized
 
 
-def _fingerprint(images: Tensor, labels: Tensor, class_names: Sequence[str], official_test: np.ndarray | None) -> str:
+def _fingerprint(
+    images: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    official_test: np.ndarray | None,
+    official_val: np.ndarray | None,
+) -> str:
     digest = hashlib.sha256()
     digest.update(json.dumps([list(images.shape), list(class_names), official_test is not None]).encode())
     digest.update(images.numpy().data)
     digest.update(labels.numpy().astype("<i8").data)
     if official_test is not None:
         digest.update(official_test.astype(np.uint8).data)
+    if official_val is not None:
+        digest.update(b"val")
+        digest.update(official_val.astype(np.uint8).data)
     return digest.hexdigest()

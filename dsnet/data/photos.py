@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from dsnet.data.decoding import centre_square, decode_rgb, read_rgb
+from dsnet.data.decoding import centre_square, decode_rgb, image_suffixes, planes, read_rgb
 from dsnet.data.images import resize_images
 from dsnet.data.registry import native_image_size
 from dsnet.errors import DataError
-
-_UNSAFE_FORMATS = ("EPS",)
-"""Formats that are refused: for EPS Pillow starts Ghostscript, which runs the file as a program."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class PhotoDecoder:
             DataError: The file cannot be read or is no image that Pillow reads; the message names
                 it.
         """
-        return self.of_photo(read_rgb(file, photo_formats()))
+        return self.of_photo(read_rgb(file))
 
     def decode(self, content: bytes, where: str) -> UInt8[Tensor, "channels size size"]:
         """Decode the bytes of one photo file, as a call does for a file.
@@ -78,12 +73,11 @@ class PhotoDecoder:
         Raises:
             DataError: The bytes are no image that Pillow reads.
         """
-        return self.of_photo(decode_rgb(content, where, photo_formats()))
+        return self.of_photo(decode_rgb(content, where))
 
     def of_photo(self, photo: Image.Image) -> UInt8[Tensor, "channels size size"]:
         """The input of an upright RGB photo of any size."""
-        image = centre_square(photo, self.native_size, self.crop_fraction)
-        pixels = np.asarray(image.convert("L"))[None] if self.channels == 1 else np.asarray(image).transpose(2, 0, 1)
+        pixels = planes(centre_square(photo, self.native_size, self.crop_fraction), self.channels)
         decoded = torch.from_numpy(pixels.copy())
         return decoded if self.native_size == self.image_size else resize_images(decoded[None], self.image_size)[0]
 
@@ -95,13 +89,6 @@ class PhotoDecoder:
     def from_json(cls, record: Mapping[str, Any]) -> PhotoDecoder:
         """Rebuild a decoder from the result of `to_json`."""
         return cls(**record)
-
-
-@cache
-def photo_formats() -> tuple[str, ...]:
-    """Pillow's names of the image formats that photos may have."""
-    Image.init()
-    return tuple(sorted(Image.OPEN.keys() - set(_UNSAFE_FORMATS)))
 
 
 def photo_files(paths: Iterable[Path]) -> list[Path]:
@@ -127,5 +114,4 @@ def photo_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def _is_photo(file: Path) -> bool:
-    formats = Image.registered_extensions()
-    return not file.name.startswith(".") and formats.get(file.suffix.lower()) in photo_formats() and file.is_file()
+    return not file.name.startswith(".") and file.suffix.lower() in image_suffixes() and file.is_file()

@@ -4,7 +4,7 @@ no torch."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, Protocol
 
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
@@ -17,8 +17,12 @@ from dsnet.wording import shown
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
 ImageSize = Annotated[int, Ge(MIN_IMAGE_SIZE), Le(MAX_IMAGE_SIZE)]
 """Height and width in pixels that networks accept."""
-PHOTOS = ("image_folder", "cifar10")
-"""Data sets whose networks can classify photos."""
+Colour = Literal["rgb", "grey"]
+CHANNELS: Mapping[Colour, int] = {"rgb": 3, "grey": 1}
+"""Number of channels of each value of `data.colour`."""
+Balance = Literal["none", "weights", "sampling"]
+Part = Literal["train", "val", "test"]
+"""A part into which the people who published the data have divided it."""
 MAX_OPERATIONS = 14
 """Number of different operations of RandAugment, `dsnet.data.randaugment.Operation`. More of them
 per image would destroy it and cost memory and time."""
@@ -36,10 +40,15 @@ class SplitSizes(Settings):
     """Size of each split.
 
     An integer is a number of images (>= 1), a float a fraction in (0, 1), None the default.
-    Fractions refer to all images; where the data has an official test part, those of `train`,
-    `gate` and `val` refer to the other images and that of `test` to the official test part
-    (default: all of it). Defaults: 55/15/15/15 %, or 80/10/10 % for `train`, `gate` and `val` where
-    there is an official test part.
+    Fractions refer to all images, or to those of a part if the data is published in parts:
+
+    - without parts: 55/15/15/15 % of all images;
+    - a test part: 80/10/10 % of the others for `train`, `gate` and `val`; `test` is the test part;
+    - parts for validation and test: 90/10 % of the others for `train` and `gate`; `val` and `test`
+      are the parts;
+    - a validation part only: 90/10 % of the others for `train` and `gate`; the validation part is
+      divided equally into `val` and `test`, so that both are images that no network has been
+      trained on.
     """
 
     SECTION = "data.splits"
@@ -48,6 +57,71 @@ class SplitSizes(Settings):
     gate: SplitSize = None
     val: SplitSize = None
     test: SplitSize = None
+
+
+@dataclass(frozen=True)
+class Columns(Settings):
+    """Names of columns, of a table of labels or of parquet files; None: found by their names."""
+
+    SECTION = "data.columns"
+
+    image: str | None = None
+    """The images, or their paths."""
+    label: str | None = None
+    """The labels."""
+    split: str | None = None
+    """Tables of labels only: the part of each image, train, val or test."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Settings):
+    """Which files of a data set are read, and what happens to broken ones."""
+
+    SECTION = "data"
+
+    include: str | None = None
+    """Image folders only: pattern of the files that are images, such as `*.jpg`; None: every file
+    with the suffix of an image."""
+    colour: Colour | None = None
+    """rgb: three channels; grey: one; None: rgb for image folders, as stored for parquet files."""
+    labels: str | None = None
+    """Image folders only: table (CSV or parquet) of paths and labels; None: the folders are the
+    classes."""
+    columns: Columns = Columns()
+    skip_broken: NonNegativeInt = 0
+    """Maximum number of images that may be broken, and are skipped."""
+
+    @property
+    def written(self) -> Mapping[str, Any]:
+        """The options that differ from the defaults, JSON-able."""
+        values = {each.name: (getattr(self, each.name), each.default) for each in fields(FileOptions)}
+        return {
+            name: asdict(value) if isinstance(value, Columns) else value
+            for name, (value, default) in values.items()
+            if value != default
+        }
+
+    @classmethod
+    def from_written(cls, written: Mapping[str, Any]) -> FileOptions:
+        """Rebuild options from `written`.
+
+        Raises:
+            ConfigError: a key is unknown, or a value has the wrong type.
+        """
+        return read_strictly(cls, written, cls.SECTION)
+
+
+class ColumnNames(Protocol):
+    """The fields of `Columns`."""
+
+    @property
+    def image(self) -> str | None: ...
+
+    @property
+    def label(self) -> str | None: ...
+
+    @property
+    def split(self) -> str | None: ...
 
 
 class DescribedImages(Protocol):
@@ -60,6 +134,16 @@ class DescribedImages(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class, in label order."""
+
+
+def can_mirror(images: DescribedImages) -> bool:
+    """Whether a mirrored image keeps its class: a mirrored 2 is not a 2."""
+    are_digits = images.name == "parquet" and all(name.isdigit() for name in images.class_names)
+    return images.name != "digits" and not are_digits
 
 
 def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -> tuple[str, str] | None:
@@ -76,16 +160,6 @@ def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -
             f"{crop_padding} pixels cannot be combined with crop_scale, which crops already; remove one",
         )
     return None
-
-
-def folder_problem(name: str, crop_fraction: float, stream: bool) -> tuple[str, str] | None:
-    """A setting for image folders only that is given for another data set, and the problem as a
-    phrase for a message; None if there is none."""
-    if name == "image_folder":
-        return None
-    if crop_fraction != 1:
-        return "crop_fraction", f"only an image_folder is cropped; remove {shown(crop_fraction)}"
-    return ("stream", f"only an image_folder can be streamed; {name} fits into memory") if stream else None
 
 
 @dataclass(frozen=True)
@@ -138,7 +212,7 @@ class Augmentation(Settings):
         Args:
             images: The data set.
             crop_padding: None: an eighth of the image's width, or 0 where `crop_scale` is given.
-            flip: None: True, except for digits.
+            flip: None: `can_mirror`.
             cutout: As the field.
             others: The other fields.
 
@@ -154,7 +228,7 @@ class Augmentation(Settings):
         if crop_padding is None:
             crop_padding = images.image_shape[-1] // 8 if others.get("crop_scale") is None else 0
         if flip is None:
-            flip = images.name != "digits"  # a mirrored 2 is not a 2
+            flip = can_mirror(images)
         return cls(crop_padding, flip, cutout, **others)
 
     @property
@@ -241,10 +315,8 @@ def written_normalization(value: object) -> WrittenNormalization | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
+class DataSettings(FileOptions):
     """The images, their splits and their augmentation."""
-
-    SECTION = "data"
 
     name: str
     """A registered data set: digits, cifar10, image_folder, ..."""
@@ -262,6 +334,9 @@ class DataSettings(Settings):
     defaults."""
     stream: bool = False
     """Image folders only: stream `train` from its files during training."""
+    balance: Balance = "none"
+    """What is done about uneven classes in the training of the supernet; see
+    `dsnet.training.balance`."""
     normalization: Literal["imagenet"] | Mapping[str, Any] | None = None
     """Normalisation of the images: `imagenet`, or the fields of `WrittenNormalization`; None: that
     of the checkpoint from which training starts, or mean and deviation of `train`."""

@@ -8,7 +8,7 @@ its files.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -20,16 +20,21 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from dsnet.data.cache import ImageCache
-from dsnet.data.image_folder import FolderListing, decode_images, list_image_folder, load_image_folder, required_size
+from dsnet.data.image_folder import (
+    FolderListing,
+    decode_images,
+    list_image_folder,
+    load_image_folder,
+    required_size,
+)
 from dsnet.data.images import ImageSet
 from dsnet.data.normalization import Normalization
-from dsnet.data.registry import check_image_size, load_images
-from dsnet.data.settings import Augmentation, folder_problem
+from dsnet.data.registry import DEFAULT_OPTIONS, IMAGE_FOLDER, check_image_size, check_source, load_images
+from dsnet.data.settings import Augmentation, DataSettings, FileOptions
 from dsnet.data.splits import SPLIT_NAMES, Splits
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.data.training_images import InMemoryImages, StreamedImages, TrainingImages
 from dsnet.seeds import derive_seed
-from dsnet.settings import PositiveFraction, SettingError, check_value
 
 NUM_NORMALIZATION_IMAGES = 2048
 
@@ -56,6 +61,14 @@ class ImageSource(Protocol):
     @property
     def official_test(self) -> Bool[np.ndarray, " images"] | None:
         """bool [N]: the images of the official test part; None where the data has none."""
+
+    @property
+    def official_val(self) -> Bool[np.ndarray, " images"] | None:
+        """bool [N]: the images of the official validation part; None where the data has none."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about how the data was read: its parts, and files that are not used."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -100,6 +113,14 @@ class InMemorySource:
     @property
     def official_test(self) -> Bool[np.ndarray, " images"] | None:
         return self.images.official_test
+
+    @property
+    def official_val(self) -> Bool[np.ndarray, " images"] | None:
+        return self.images.official_val
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.images.notes
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -162,8 +183,16 @@ class StreamedFolder:
         return self.listing.official_test
 
     @property
+    def official_val(self) -> Bool[np.ndarray, " images"] | None:
+        return self.listing.official_val
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.listing.in_words()
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (3, self.image_size, self.image_size)
+        return (self.listing.channels, self.image_size, self.image_size)
 
     @property
     def fingerprint(self) -> str:
@@ -201,7 +230,13 @@ class StreamedFolder:
         files = tuple(str(self.listing.files[row].absolute()) for row in splits.train.tolist())
         labels = self.labels.index_select(0, torch.tensor(splits.train))
         return StreamedImages(
-            files, labels, self.image_size, augmentation, self.num_threads, crop_fraction=self.crop_fraction
+            files,
+            labels,
+            self.image_size,
+            augmentation,
+            self.num_threads,
+            crop_fraction=self.crop_fraction,
+            channels=self.listing.channels,
         )
 
     def _decoded(self, ids: np.ndarray) -> Batch:
@@ -220,6 +255,7 @@ def load_source(
     stream: bool = False,
     num_threads: int = 2,
     crop_fraction: float = 1.0,
+    options: FileOptions = DEFAULT_OPTIONS,
 ) -> ImageSource:
     """Open a data set.
 
@@ -233,20 +269,19 @@ def load_source(
         crop_fraction: Share of the shorter side that the centre crop keeps, (0, 1]; below 1 for
             image folders only. Where nothing is streamed, training uses the same crops as
             evaluation.
+        options: Which files are read, and how many may be broken.
 
     Raises:
         ConfigError: The name is unknown, a number is out of range, the size is missing, or the set
             cannot be streamed or cropped.
         DataError: A file is missing, truncated or mislabelled; the message names it.
     """
-    check_value("data.crop_fraction", crop_fraction, PositiveFraction)
-    problem = folder_problem(name, crop_fraction, stream)
-    if problem is not None:
-        raise SettingError(f"data.{problem[0]}: {problem[1]}")
-    if name != "image_folder":
-        return InMemorySource(load_images(name, path, image_size))
+    given = {each.name: getattr(options, each.name) for each in fields(FileOptions)}
+    check_source(DataSettings(name=name, crop_fraction=crop_fraction, stream=stream, **given))
+    if name != IMAGE_FOLDER:
+        return InMemorySource(load_images(name, path, image_size, options))
     size = required_size(image_size)
     check_image_size(size)
     if stream:
-        return StreamedFolder(list_image_folder(path), size, num_threads, crop_fraction=crop_fraction)
-    return InMemorySource(load_image_folder(path, size, crop_fraction=crop_fraction))
+        return StreamedFolder(list_image_folder(path, options), size, num_threads, crop_fraction=crop_fraction)
+    return InMemorySource(load_image_folder(path, size, crop_fraction=crop_fraction, options=options))

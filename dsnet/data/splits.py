@@ -11,10 +11,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int64
+from torch import Tensor
 
 from dsnet.data.settings import SplitSize, SplitSizes
 from dsnet.errors import ConfigError, DataError
@@ -27,6 +28,10 @@ accuracy, so that routers cannot be compared reliably."""
 
 _SHARES = {"train": 0.55, "gate": 0.15, "val": 0.15, "test": 0.15}
 _SHARES_BESIDE_OFFICIAL_TEST = {"train": 0.8, "gate": 0.1, "val": 0.1}  # CIFAR-10: 40,000 / 5,000 / 5,000
+_SHARES_BESIDE_OFFICIAL_VAL = {"train": 0.9, "gate": 0.1}
+_SHARES_OF_OFFICIAL_VAL = {"val": 0.5, "test": 0.5}
+"""Where the data has no test part. Both splits stay images that no network was trained on, also
+not one that was trained elsewhere on the training part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +98,51 @@ def data_fingerprint(images: str, splits: Splits) -> str:
     return hashlib.sha256(f"{images}/{splits.hash}".encode()).hexdigest()
 
 
+class LabelledImages(Protocol):
+    """The facts about a data set that determine its splits, as of an `ImageSource`."""
+
+    @property
+    def labels(self) -> Int64[Tensor, " images"]:
+        """int64 [N]: the labels of all images."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class, in label order."""
+
+    @property
+    def official_val(self) -> Bool[np.ndarray, " images"] | None:
+        """bool [N]: the images of the official validation part; None where there is none."""
+
+    @property
+    def official_test(self) -> Bool[np.ndarray, " images"] | None:
+        """bool [N]: the images of the official test part; None where there is none."""
+
+
+def splits_of(
+    images: LabelledImages, sizes: SplitSizes = DEFAULT_SIZES, seed: int = 0, limit: int | None = None
+) -> Splits:
+    """The splits of a data set; see `make_splits`."""
+    labels = images.labels.numpy()
+    return make_splits(
+        labels,
+        images.official_test,
+        sizes,
+        seed,
+        limit,
+        official_val=images.official_val,
+        class_names=images.class_names,
+    )
+
+
 def make_splits(
     labels: Int64[np.ndarray, " images"],
     official_test: Bool[np.ndarray, " images"] | None = None,
     sizes: SplitSizes = DEFAULT_SIZES,
     seed: int = 0,
     limit: int | None = None,
+    *,
+    official_val: Bool[np.ndarray, " images"] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Splits:
     """Divide a labelled set into four stratified, disjoint splits.
 
@@ -111,6 +155,9 @@ def make_splits(
         seed: >= 0; decides which images a split gets, never how many.
         limit: For smoke runs: at most this many images per split, stratified again. A limited split
             is a subset of the same split without the limit.
+        official_val: bool [N]; None where the data has no official validation part. `SplitSizes`
+            says what becomes of the parts.
+        class_names: Names of the classes for messages; None: their numbers.
 
     Raises:
         ConfigError: The sizes exceed the number of images, a split would be empty, a class has
@@ -124,9 +171,9 @@ def make_splits(
     # a split.
     keys = np.random.PCG64(seed).random_raw(len(labels))
     parts: dict[str, np.ndarray] = {}
-    for ids, shares, what in _pools(official_test, len(labels)):
+    for ids, shares, what in _pools(official_val, official_test, len(labels)):
         counts = _counts({name: getattr(sizes, name) or share for name, share in shares.items()}, len(ids), what)
-        _check_classes(labels, ids, len(counts), what)
+        _check_classes(labels, ids, list(counts), what, class_names)
         parts |= zip(counts, _stratified(ids, labels, keys, list(counts.values())), strict=True)
     if limit is not None:
         _check_limit(limit, len(np.unique(labels)))
@@ -134,16 +181,26 @@ def make_splits(
     return Splits(**parts)
 
 
-def _pools(official_test: np.ndarray | None, num_images: int) -> list[tuple[np.ndarray, Mapping[str, SplitSize], str]]:
+def _pools(
+    official_val: np.ndarray | None, official_test: np.ndarray | None, num_images: int
+) -> list[tuple[np.ndarray, Mapping[str, SplitSize], str]]:
     """The pools of images to divide: (image ids, default sizes of the splits drawn from them, name
     in messages)."""
-    if official_test is None:
+    if official_val is None and official_test is None:
         return [(np.arange(num_images), _SHARES, "the data set")]
-    rest, test = np.flatnonzero(~official_test), np.flatnonzero(official_test)
-    return [
-        (rest, _SHARES_BESIDE_OFFICIAL_TEST, "the official train part"),
-        (test, {"test": len(test)}, "the official test part"),
-    ]
+    none = np.zeros(num_images, dtype=bool)
+    is_val, is_test = (none if part is None else part for part in (official_val, official_test))
+    rest, val, test = (np.flatnonzero(part) for part in (~(is_val | is_test), is_val, is_test))
+    name = "the official {} part".format
+    if official_val is None:
+        return [
+            (rest, _SHARES_BESIDE_OFFICIAL_TEST, name("train")),
+            (test, {"test": len(test)}, name("test")),
+        ]
+    own = [(rest, _SHARES_BESIDE_OFFICIAL_VAL, name("train"))]
+    if official_test is None:
+        return [*own, (val, _SHARES_OF_OFFICIAL_VAL, name("validation"))]
+    return [*own, (val, {"val": len(val)}, name("validation")), (test, {"test": len(test)}, name("test"))]
 
 
 def _counts(sizes: Mapping[str, SplitSize], num_images: int, what: str) -> dict[str, int]:
@@ -169,14 +226,20 @@ def _counts(sizes: Mapping[str, SplitSize], num_images: int, what: str) -> dict[
     return counts
 
 
-def _check_classes(labels: np.ndarray, ids: np.ndarray, num_splits: int, what: str) -> None:
-    classes = np.unique(labels)
-    num_members = np.array([np.count_nonzero(labels[ids] == label) for label in classes])
+def _check_classes(
+    labels: np.ndarray, ids: np.ndarray, splits: Sequence[str], what: str, class_names: Sequence[str] | None
+) -> None:
+    classes, counts = np.unique(labels, return_counts=True)
+    inside, counts_inside = np.unique(labels[ids], return_counts=True)
+    num_members = np.zeros_like(counts)
+    num_members[np.searchsorted(classes, inside)] = counts_inside
     smallest = int(np.argmin(num_members))
-    if num_members[smallest] < num_splits:
+    if num_members[smallest] < len(splits):
+        label = int(classes[smallest])
+        name = label if class_names is None else repr(class_names[label])
         raise ConfigError(
-            f"class {int(classes[smallest])} has {int(num_members[smallest])} image(s) in {what}, which fills "
-            f"{num_splits} split(s): each class needs at least {num_splits}; add images or remove the class"
+            f"class {name} has {int(num_members[smallest])} image(s) in {what}, which fills {len(splits)} split(s) "
+            f"({', '.join(splits)}): each class needs at least {len(splits)}; add images or leave the class out"
         )
 
 
@@ -188,7 +251,8 @@ def _check_limit(limit: int, num_classes: int) -> None:
 def _stratified(ids: np.ndarray, labels: np.ndarray, keys: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
     """Draw disjoint stratified subsets of `ids`, one of each size in `counts`; each is sorted."""
     order = ids[np.argsort(keys[ids], kind="stable")]
-    members = [order[labels[order] == label] for label in np.unique(labels[ids])]
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    members = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
     quotas = apportion([len(member) for member in members], counts)
     drawn: list[list[np.ndarray]] = [[] for _ in counts]
     for member, quota in zip(members, quotas, strict=True):
@@ -219,29 +283,65 @@ def apportion(class_sizes: Sequence[int], split_sizes: Sequence[int]) -> Int64[n
 
 
 def _round_up(is_allowed: np.ndarray, row_sums: np.ndarray, column_sums: np.ndarray) -> np.ndarray:
-    """A 0/1 table with the given sums and ones in allowed cells only, by augmenting paths (Kuhn's
-    algorithm)."""
-    is_up = np.zeros(is_allowed.shape, dtype=bool)
-    num_missing = column_sums.copy()
+    """A 0/1 table with the given sums and ones in allowed cells only."""
+    table = _Table(is_allowed, column_sums)
+    for row in np.repeat(np.arange(len(row_sums)), row_sums).tolist():
+        is_placed = table.place(row)
+        assert is_placed
+    return table.is_up
 
-    def place(row: int, visited: set[int]) -> bool:
-        """Place one more 1 in the row, if necessary by moving a 1 of another row; whether that was
+
+class _Table:
+    """A 0/1 table that is filled by augmenting paths (Kuhn's algorithm).
+
+    The columns of a row are the bits of one number, so that a search among thousands of classes is
+    one operation of numpy.
+    """
+
+    def __init__(self, is_allowed: np.ndarray, column_sums: np.ndarray) -> None:
+        self._bits = np.int64(1) << np.arange(is_allowed.shape[1], dtype=np.int64)
+        self._free = (is_allowed * self._bits).sum(axis=1)  # allowed columns without a 1
+        self._up = np.zeros_like(self._free)
+        self._num_missing = column_sums.copy()
+
+    @property
+    def is_up(self) -> np.ndarray:
+        """The table as bool [rows, columns]."""
+        return (self._up[:, None] & self._bits) != 0
+
+    def place(self, row: int) -> bool:
+        """Place one more 1 in the row, if necessary by moving ones of other rows; whether that was
         possible."""
-        for column in np.flatnonzero(is_allowed[row] & ~is_up[row]).tolist():
-            if column in visited:
+        return self._place(row, [0])
+
+    def _place(self, row: int, visited: list[int]) -> bool:
+        """`visited` holds the columns that were tried, as one number."""
+        for column in np.flatnonzero(self._bits & self._free[row]).tolist():
+            bit = int(self._bits[column])
+            if visited[0] & bit:
                 continue
-            visited.add(column)
-            if num_missing[column] > 0:
-                num_missing[column] -= 1
-                is_up[row, column] = True
-                return True
-            for other in np.flatnonzero(is_up[:, column]).tolist():
-                if place(other, visited):
-                    is_up[other, column], is_up[row, column] = False, True
-                    return True
+            visited[0] |= bit
+            if self._num_missing[column] > 0:
+                self._num_missing[column] -= 1
+            elif not self._make_room(bit, visited):
+                continue
+            self._flip(row, bit)
+            return True
         return False
 
-    for row in np.repeat(np.arange(len(row_sums)), row_sums).tolist():
-        is_placed = place(row, set())
-        assert is_placed
-    return is_up
+    def _make_room(self, bit: int, visited: list[int]) -> bool:
+        """Move a 1 of another row out of a column; whether that was possible."""
+        start = 0
+        while True:
+            can_move = (self._up[start:] & bit != 0) & (self._free[start:] & ~visited[0] != 0)
+            if not can_move.any():
+                return False
+            other = start + int(can_move.argmax())
+            if self._place(other, visited):
+                self._flip(other, bit)
+                return True
+            start = other + 1
+
+    def _flip(self, row: int, bit: int) -> None:
+        self._up[row] ^= bit
+        self._free[row] ^= bit

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dsnet.data.decoding import read_rgb
-from dsnet.data.image_folder import IMAGE_EXTENSIONS, FolderListing, list_image_folder
+from dsnet.data.image_folder import FolderListing, list_image_folder
 from dsnet.errors import DataError
 
 MAX_OPENED = 400
@@ -53,10 +52,9 @@ def survey_folder(root: Path) -> Survey:
     """Survey a folder of images.
 
     Raises:
-        DataError: its layout is not FOLDER/CLASS/*.png|jpg (the message says what was found), or
-            files do not decode.
+        DataError: its layout is not understood (the message says what was found), or files do not
+            decode.
     """
-    refuse_other_layouts(root)
     listing = list_image_folder(root)
     step = -(-len(listing.files) // MAX_OPENED)  # rounded up
     sizes: list[tuple[int, int]] = []
@@ -80,51 +78,3 @@ def survey_folder(root: Path) -> Survey:
 def _is_grey(pixels: np.ndarray) -> bool:
     few = pixels[::4, ::4].astype(np.int16)
     return int((few.max(axis=2) - few.min(axis=2)).max()) <= GREY_TOLERANCE
-
-
-def refuse_other_layouts(root: Path) -> None:
-    """Check that the images lie in class folders below the root, or below its `train` and `test`.
-
-    Raises:
-        DataError: the root is not a folder, or its images lie in it directly or too deep.
-    """
-    expected = f"expected {root}/CLASS/x.jpg, a folder for each class (or {root}/train/CLASS and {root}/test/CLASS)"
-    if not root.is_dir():
-        raise DataError(f"{root}: not a folder; {expected}")
-    folders = _folders(root)
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        folders = [*_folders(root / "train"), *_folders(root / "test")]
-    flat = [folder for folder in folders if _images(folder)]
-    if flat:
-        return
-    deeper = [below for folder in folders for below in _folders(folder) if _images(below)]
-    if deeper and len(parents := {below.parent for below in deeper}) == 1 and len(deeper) > 1:
-        (parent,) = parents
-        names = ", ".join(below.name for below in deeper[:3]) + (", ..." if len(deeper) > 3 else "")
-        raise DataError(f"{root}: the class folders ({names}) lie in {parent}; pass --data {parent} (data.path)")
-    if deeper:
-        kinds = Counter(file.suffix.lower() for file in _images(deeper[0]))
-        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        where = deeper[0].relative_to(root)
-        beside = (
-            "; files of several kinds lie side by side, so some may be masks instead of photos"
-            if len(kinds) > 1
-            else ""
-        )
-        raise DataError(
-            f"{root}: the images lie one folder too deep ({len(deeper)} such folders; {where} holds {found}{beside}); "
-            f"{expected}: move or copy the photos one folder up"
-        )
-    if _images(root):
-        raise DataError(
-            f"{root}: {len(_images(root))} images lie in the folder itself, so that their classes are unknown; {expected}"
-        )
-    raise DataError(f"{root}: no .png, .jpg or .jpeg in its {len(folders)} folder(s); {expected}")
-
-
-def _folders(root: Path) -> Sequence[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_EXTENSIONS and entry.is_file()]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsnet.data.augment import augment
 from dsnet.data.boxes import BoxDraw, draw_boxes
-from dsnet.data.decoding import read_rgb
+from dsnet.data.decoding import planes, read_rgb
 from dsnet.data.image_folder import decode_file
 from dsnet.data.prefetch import in_order
 from dsnet.data.resized_crop import CROP_SCALE, crop_boxes
@@ -104,7 +104,7 @@ class InMemoryImages:
 
 @dataclass(frozen=True, eq=False)
 class StreamedImages:
-    """PNG or JPEG files that need not fit in memory, decoded by threads a little ahead of the
+    """Image files that need not fit in memory, decoded by threads a little ahead of the
     training step.
 
     A file's random resized crop is cut and resized (antialiased bilinear) right after decoding; the
@@ -124,10 +124,12 @@ class StreamedImages:
     num_threads: int = 2
     """Decoding threads of each iteration."""
     num_ahead: int = 512
-    """Decoded images that may wait for the training step, 3 * image_size**2 bytes each; should be
-    at least a batch."""
+    """Decoded images that may wait for the training step, channels * image_size**2 bytes each;
+    should be at least a batch."""
     crop_fraction: float = 1.0
     """Share of the shorter side that the centre crop of `clean` keeps, (0, 1]."""
+    channels: int = 3
+    """Channels of the images: 3 is RGB, 1 grey."""
 
     def augmented(
         self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
@@ -139,7 +141,8 @@ class StreamedImages:
         """
         on_device = replace(self.augmentation, crop_padding=0, crop_scale=None)
         to_decode, to_yield = tee(batches)
-        decode = partial(_decode_crop, scale=self.augmentation.crop_scale or CROP_SCALE, image_size=self.image_size)
+        scale = self.augmentation.crop_scale or CROP_SCALE
+        decode = partial(_decode_crop, scale=scale, image_size=self.image_size, channels=self.channels)
         jobs = (job for rows, seed in to_decode for job in self._crops(rows, seed))
         with closing(in_order(decode, jobs, num_threads=self.num_threads, num_ahead=self.num_ahead)) as decoded:
             for rows, seed in to_yield:
@@ -157,7 +160,9 @@ class StreamedImages:
             DataError: A file cannot be read or does not decode; the message names it.
         """
         to_decode, to_yield = tee(rows)
-        decode = partial(decode_file, image_size=self.image_size, crop_fraction=self.crop_fraction)
+        decode = partial(
+            decode_file, image_size=self.image_size, crop_fraction=self.crop_fraction, channels=self.channels
+        )
         files = (Path(self.files[row]) for part in to_decode for row in part.tolist())
         with closing(in_order(decode, files, num_threads=self.num_threads, num_ahead=self.num_ahead)) as decoded:
             for part in to_yield:
@@ -169,11 +174,11 @@ class StreamedImages:
             yield Path(self.files[row]), draw[position]
 
     def _batch(self, decoded: Iterator[np.ndarray], num_images: int, device: torch.device) -> Tensor:
-        """Collect the next images as uint8 [B, 3, H, W].
+        """Collect the next images as uint8 [B, C, H, W].
 
         The copy to a GPU comes from pinned memory, so that it does not delay the training step.
         """
-        shape = (num_images, 3, self.image_size, self.image_size)
+        shape = (num_images, self.channels, self.image_size, self.image_size)
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         pixels = batch.numpy()
         for position, image in enumerate(islice(decoded, num_images)):
@@ -181,12 +186,12 @@ class StreamedImages:
         return batch.to(device, non_blocking=True)
 
 
-def _decode_crop(job: tuple[Path, BoxDraw], scale: Sequence[float], image_size: int) -> np.ndarray:
-    """Decode a file and cut its random resized crop: uint8 [3, image_size, image_size]."""
+def _decode_crop(job: tuple[Path, BoxDraw], scale: Sequence[float], image_size: int, channels: int) -> np.ndarray:
+    """Decode a file and cut its random resized crop: uint8 [channels, image_size, image_size]."""
     file, draw = job
     image = read_rgb(file)
     box = crop_boxes(draw, (image.height, image.width), scale)
     top, left = int(box.top), int(box.left)
     corners = (left, top, left + int(box.width), top + int(box.height))
     cropped = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=corners)
-    return np.asarray(cropped).transpose(2, 0, 1)
+    return planes(cropped, channels)

@@ -70,6 +70,7 @@ class StandaloneConfig(Settings):
             augmentation=self.data.augmentation(images),
             normalization=normalization,
             seed=self.seed,
+            balance=self.data.balance,
             weights=supernet.weights,
             recalibration_images=supernet.recalibration.images,
             recalibration_batch=supernet.recalibration.batch_size,

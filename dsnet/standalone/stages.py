@@ -24,7 +24,7 @@ from dsnet.arithmetic import arithmetic_facts
 from dsnet.data.normalization import Normalization
 from dsnet.data.settings import Augmentation, written_normalization
 from dsnet.data.sources import ImageSource, load_source
-from dsnet.data.splits import Splits, data_fingerprint, make_splits
+from dsnet.data.splits import Splits, data_fingerprint, splits_of
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.environment import installed_versions, resolve_device
@@ -173,12 +173,13 @@ class _StageRunner:
             stream=data.stream,
             num_threads=threads,
             crop_fraction=data.crop_fraction,
+            options=data,
         )
 
     @cached_property
     def splits(self) -> Splits:
-        images, data = self.images, self.config.data
-        return make_splits(images.labels.numpy(), images.official_test, data.splits, self.config.seed, data.limit)
+        data = self.config.data
+        return splits_of(self.images, data.splits, self.config.seed, data.limit)
 
     @cached_property
     def data(self) -> TensorData:

@@ -14,13 +14,22 @@ from dsnet.network.layers import BatchNormBank
 
 
 def soft_cross_entropy(
-    logits: Float[Tensor, "batch classes"], target: Float[Tensor, "batch classes"]
+    logits: Float[Tensor, "batch classes"],
+    target: Float[Tensor, "batch classes"],
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over the batch of -sum_c target_c log softmax(logits)_c.
+    """Mean over the batch of -sum_c target_c log softmax(logits)_c, times an image's weight.
 
-    Both are [B, C]; `logits` are not normalised, `target` is a distribution.
+    Args:
+        logits: [B, C], not normalised.
+        target: [B, C] distributions.
+        weights: [B], >= 0, not normalised; None: 1.
     """
-    return -(target * F.log_softmax(logits, dim=1)).sum(1).mean()
+    return _mean(-(target * F.log_softmax(logits, dim=1)).sum(1), weights)
+
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses.mean() if weights is None else (weights * losses).mean()
 
 
 def distillation(
@@ -29,6 +38,7 @@ def distillation(
     hard: Float[Tensor, "batch classes"],
     weight: Float[Tensor, " batch"],
     temperature: float,
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean over the batch of the cross-entropy to soft labels at a temperature and to hard labels.
 
@@ -41,10 +51,11 @@ def distillation(
         hard: [B, C] distributions.
         weight: [B] weight of the soft part of each image, 0..1; the hard part has the rest.
         temperature: temperature of `soft`, > 0.
+        weights: [B] factor of each image's loss, >= 0, not normalised; None: 1.
     """
     soft_part = -(soft * F.log_softmax(logits / temperature, dim=1)).sum(1) * temperature**2
     hard_part = -(hard * F.log_softmax(logits, dim=1)).sum(1)
-    return (weight * soft_part + (1.0 - weight) * hard_part).mean()
+    return _mean(weight * soft_part + (1.0 - weight) * hard_part, weights)
 
 
 def scale_penalty(norms: Iterable[BatchNormBank]) -> Float[Tensor, ""]:

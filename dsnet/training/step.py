@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from dsnet.network.prefix_tree import by_prefix
@@ -61,6 +61,8 @@ class StepRules:
     """Factor of every gradient: 1 / number of micro-batches."""
     temperature: float = 1.0
     """Temperature of the soft labels, > 0."""
+    class_weights: Float32[Tensor, " classes"] | None = None
+    """Factor of the loss of an image of each class; None: 1."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class _Step:
         self.rules = rules
         self.labels = labels
         self.hard = smoothed_one_hot(labels, student.spec.num_classes, rules.smoothing)
+        self.weights = None if rules.class_weights is None else rules.class_weights[labels]
         self.losses: dict[str, Tensor] = {}
         self.soft: dict[str, _SoftLabels] = {}
 
@@ -189,19 +192,21 @@ class _Step:
     def _loss(self, subnet: Subnet, logits: Tensor) -> Tensor:
         """The loss of a sub-network: cross-entropy to hard labels, soft labels or a mixture."""
         if subnet == self.plan.largest or self.rules.teacher == "none":
-            return soft_cross_entropy(logits, self.hard)
+            return soft_cross_entropy(logits, self.hard, self.weights)
         soft, weight = self.soft[subnet.name], self.plan.soft_weight
         trusts = self.rules.trust == "label_probability"
         # [B, 1]: the teacher's probability of the label
         known = soft.probabilities.gather(1, self.labels[:, None]) if trusts else None
         if self.rules.temperature != 1.0:
             share = logits.new_full((len(logits),), weight) if known is None else weight * known[:, 0]
-            return distillation(logits, soft.softened, self.hard, share, self.rules.temperature)
+            return distillation(logits, soft.softened, self.hard, share, self.rules.temperature, self.weights)
         if known is not None:
-            return soft_cross_entropy(logits, self.hard + weight * known * (soft.probabilities - self.hard))
+            target = self.hard + weight * known * (soft.probabilities - self.hard)
+            return soft_cross_entropy(logits, target, self.weights)
         if weight == 1.0:
-            return soft_cross_entropy(logits, soft.probabilities)
-        return soft_cross_entropy(logits, weight * soft.probabilities + (1.0 - weight) * self.hard)
+            return soft_cross_entropy(logits, soft.probabilities, self.weights)
+        target = weight * soft.probabilities + (1.0 - weight) * self.hard
+        return soft_cross_entropy(logits, target, self.weights)
 
     @torch.no_grad()
     def _teach(self) -> dict[str, _SoftLabels]:

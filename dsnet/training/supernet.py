@@ -35,6 +35,7 @@ from dsnet.stored.checkpoint import (
     supernet_meta,
     tensors_below,
 )
+from dsnet.training.balance import class_weights, epoch_order
 from dsnet.training.curves import Curves, Progress, Reporter, SilentReporter
 from dsnet.training.losses import scale_penalty
 from dsnet.training.optimization import learning_rate, make_optimizer
@@ -50,7 +51,15 @@ REPORTS_PER_EPOCH = 4
 class _Session:
     """State of one training run, as a checkpoint stores it."""
 
-    def __init__(self, supernet: Supernet, run: SupernetRun, steps_per_epoch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        supernet: Supernet,
+        run: SupernetRun,
+        steps_per_epoch: int,
+        device: torch.device,
+        weights: Tensor | None = None,
+    ) -> None:
+        """`weights` are those of the classes, [C]; None: 1."""
         self.run = run
         self.device = device
         self.student = supernet.to(device).train()
@@ -76,6 +85,7 @@ class _Session:
             trust=run.bootstrapping.trust,
             scale=1.0 / run.train.accumulate,
             temperature=run.train.temperature,
+            class_weights=None if weights is None else weights.to(device),
         )
         members = supernet.subnets
         order = members.by_madds()
@@ -293,7 +303,8 @@ def train_supernet(
     workers = workers if workers is not None else SingleWorker()
     callbacks = callbacks if callbacks is not None else TrainingCallbacks()
     batch_size = whole_batch(run.train.batch_size, len(data.labels), workers.size, run.train.accumulate)
-    session = _Session(supernet, run, len(data.labels) // batch_size, torch.device(device))
+    weights = class_weights(data.labels, supernet.spec.num_classes) if run.balance == "weights" else None
+    session = _Session(supernet, run, len(data.labels) // batch_size, torch.device(device), weights)
     folder.mkdir(parents=True, exist_ok=True)
     stems = checkpoint_stems(folder)
     pending = session.load(stems[-1]) if stems else []
@@ -332,7 +343,7 @@ def _train_epoch(
     run = session.run
     epoch, first = divmod(session.step, session.steps_per_epoch)
     generator = torch.Generator().manual_seed(derive_seed(run.seed, "epoch", epoch))
-    rows = _epoch_batches(len(data.labels), batch_size, generator, workers)
+    rows = _epoch_batches(epoch_order(data.labels, run.balance, generator), batch_size, workers)
     sandwiches = [session.draw(generator) for _ in rows]
     log_every = max(1, session.steps_per_epoch // REPORTS_PER_EPOCH)
     devices = [session.device] if session.device.type == "cuda" else []
@@ -358,10 +369,9 @@ def _inputs(images: Tensor, run: SupernetRun) -> Tensor:
     return arranged(run.normalization.apply(images), run.train.channels_last)
 
 
-def _epoch_batches(num_images: int, batch_size: int, generator: torch.Generator, workers: Workers) -> list[Tensor]:
-    """The rows of this worker in every full batch of a new random permutation."""
-    order = torch.randperm(num_images, generator=generator)
-    starts = range(0, num_images - batch_size + 1, batch_size)
+def _epoch_batches(order: Tensor, batch_size: int, workers: Workers) -> list[Tensor]:
+    """The rows of this worker in every full batch of an epoch."""
+    starts = range(0, len(order) - batch_size + 1, batch_size)
     return [order[start : start + batch_size][workers.rank :: workers.size] for start in starts]
 
 

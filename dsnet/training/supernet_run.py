@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dsnet.data.normalization import Normalization
-from dsnet.data.settings import Augmentation
+from dsnet.data.settings import Augmentation, Balance, DataSettings
 from dsnet.errors import ConfigError
 from dsnet.settings import DEFAULT_SEED, NonNegativeInt, PositiveInt, Seed, SettingError, Settings
 from dsnet.space.width_space import WidthSpace
@@ -33,6 +33,7 @@ class SupernetRun(Settings):
     KEYS = MappingProxyType(
         {
             "seed": "seed",
+            "balance": "data.balance",
             "recalibration_images": "supernet.recalibration.images",
             "recalibration_batch": "supernet.recalibration.batch_size",
         }
@@ -44,6 +45,8 @@ class SupernetRun(Settings):
     augmentation: Augmentation
     normalization: Normalization
     seed: Seed = DEFAULT_SEED
+    balance: Balance = DataSettings.balance
+    """What is done about uneven classes; see `dsnet.training.balance`."""
     weights: KeptWeights = SupernetSettings.weights
     recalibration_images: NonNegativeInt | None = RecalibrationSettings.images
     """Images of the training split for BatchNorm recalibration; None takes all; 0 does not
@@ -72,6 +75,8 @@ class SupernetRun(Settings):
         del data["width_space"]
         if self.width_space is not None:
             data["width_space"] = self.width_space.to_json()
+        if self.balance == DataSettings.balance:  # as in records from before this setting
+            del data["balance"]
         data["train"] = without_added(data["train"])
         return {**data, "bootstrapping": without_published(data["bootstrapping"])}
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from dsnet.data.settings import SplitSizes
+from dsnet.data.settings import FileOptions, SplitSizes
 from dsnet.data.sources import load_source
-from dsnet.data.splits import make_splits
+from dsnet.data.splits import splits_of
 from dsnet.data.tensors import TensorData
 from dsnet.deploy.bundle import Bundle, check_bundle_examples, check_bundle_files, load_bundle, score_bundle
 from dsnet.deploy.engines import TORCH
@@ -145,10 +145,9 @@ def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:
         facts["image_size"],
         stream=facts.get("stream", False),  # bundles of earlier releases have neither fact
         crop_fraction=facts.get("crop_fraction", 1.0),
+        options=FileOptions.from_written(facts.get("files", {})),
     )
-    splits = make_splits(
-        image_set.labels.numpy(), image_set.official_test, SplitSizes(**facts["sizes"]), facts["seed"], facts["limit"]
-    )
+    splits = splits_of(image_set, SplitSizes(**facts["sizes"]), facts["seed"], facts["limit"])
     if image_set.fingerprint != facts["fingerprint"] or splits.hash != facts["splits"]:
         raise DataError(
             f"the images of {facts['name']}{f' in {data_path}' if data_path else ''} are not those the bundle's claims were measured on "

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 
 from dsnet.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, holds_cifar10
-from dsnet.data.splits import FEW_IMAGES, Splits, make_splits
+from dsnet.data.cifar100 import holds_cifar100
+from dsnet.data.hub_parquet import parquet_files_below
+from dsnet.data.registry import load_images
+from dsnet.data.settings import can_mirror
+from dsnet.data.splits import FEW_IMAGES, Splits, make_splits, splits_of
 from dsnet.data.survey import Survey, survey_folder
 from dsnet.errors import ConfigError, DataError
 from dsnet.families import Task, family_names, layout
@@ -22,6 +26,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.training.data_defaults import DataDefault, DataFacts, data_defaults
 from dsnet.training.plain_start import is_plain
 from dsnet.training.start import find_checkpoint
+from dsnet.wording import plural
 from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
 
@@ -115,7 +120,24 @@ def _look(folder: Path, network: Network) -> Seen:
         raise DataError(f"{folder}: does not exist; set --data to the folder of the images")
     if holds_cifar10(folder):
         return _cifar10(network)
+    if holds_cifar100(folder):
+        return _of_fixed_size("cifar100", folder, network)
+    if folder.is_dir() and parquet_files_below(folder):
+        return _of_fixed_size("parquet", folder, network)
     return _photos(survey_folder(folder), network)
+
+
+def _of_fixed_size(name: str, folder: Path, network: Network) -> Seen:
+    """A data set that is read as a whole, in the size in which it is stored."""
+    images = load_images(name, folder)
+    labels = images.labels.numpy()
+    splits = splits_of(images)
+    channels, size, _ = images.image_shape
+    facts = _facts(labels, splits, images.num_classes, size, network, channels, can_mirror=can_mirror(images))
+    line = (
+        f"{images.num_images:,} images of {size} x {size} pixels in {plural(images.num_classes, 'class', 'classes')}."
+    )
+    return Seen(name, None, (line, *images.notes, *_few_images(splits)), "", facts, splits)
 
 
 def _cifar10(network: Network) -> Seen:
@@ -130,7 +152,12 @@ def _cifar10(network: Network) -> Seen:
 def _photos(survey: Survey, network: Network) -> Seen:
     labels = np.array(survey.listing.labels)
     try:
-        splits = make_splits(labels, survey.listing.official_test)
+        splits = make_splits(
+            labels,
+            survey.listing.official_test,
+            official_val=survey.listing.official_val,
+            class_names=survey.listing.class_names,
+        )
     except ConfigError as error:
         fewest = min(survey.class_sizes.items(), key=lambda item: item[1])
         raise DataError(
@@ -170,25 +197,35 @@ def _sentences(survey: Survey) -> Iterator[str]:
         yield f"Pictures per class: {fewest:,} to {most:,}."
     if most >= UNEVEN * fewest:
         yield (
-            f"The classes are unbalanced ({fewest:,} to {most:,} pictures): accuracy is the mean over pictures, so "
-            "that rare classes count little."
+            f"The classes are unbalanced ({fewest:,} to {most:,} pictures): top1 is the mean over pictures, so that rare classes "
+            "count little; the metric balanced_top1 is the mean over classes, and data.balance trains them evenly."
         )
+    yield from survey.listing.in_words()
 
 
 def _range(values: tuple[int, ...]) -> str:
     return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
-def _facts(labels: np.ndarray, splits: Splits, num_classes: int, size: int, network: Network) -> DataFacts:
-    task = Task(num_classes=num_classes, in_channels=3, image_size=size)
+def _facts(
+    labels: np.ndarray,
+    splits: Splits,
+    num_classes: int,
+    size: int,
+    network: Network,
+    channels: int = 3,
+    *,
+    can_mirror: bool = True,
+) -> DataFacts:
+    task = Task(num_classes=num_classes, in_channels=channels, image_size=size)
     subnets = layout(network.model, task, network.options(size))
     return DataFacts(
         num_train=len(splits.train),
         num_classes=num_classes,
         smallest_class=int(np.bincount(labels[splits.train], minlength=num_classes).min()),
         image_size=size,
-        channels=3,
-        can_mirror=True,
+        channels=channels,
+        can_mirror=can_mirror,
         madds_m=subnet_cost(subnets.spec, subnets.largest, size).madds / 1e6,
         is_pretrained=network.init_from is not None and is_plain(find_checkpoint(network.init_from)),
     )

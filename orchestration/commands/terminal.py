@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dsnet.data.settings import PHOTOS
+from dsnet.data.registry import find_data_set
 from dsnet.data.splits import FEW_IMAGES
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.measure.latency import latency_metric
@@ -169,7 +169,7 @@ def say_places(results: Results, bundles: Sequence[Path]) -> None:
     say(f"report    {run.report_html}   (open it in a browser; it works offline)")
     for bundle in bundles:
         say(f'bundle    {bundle}   ({python}: dsnet.load_bundle("{bundle}"))')
-    if bundles and results.config.data.name in PHOTOS:
+    if bundles and find_data_set(results.config.data.name).has_photos:
         say(f"photos    {command_line('predict', bundles[0], 'PHOTO...', own_code=own_code)}")
     say(f"points    {run.points_parquet}")
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, JsonValue, WithJsonSchema, model_validator
 
+from dsnet.data.registry import data_set_names, find_data_set, source_problem
 from dsnet.data.settings import (
     IMAGENET,
     Augmentation,
+    Balance,
+    Colour,
     CropScale,
     DataSettings,
+    FileOptions,
     ImageSize,
     Magnitude,
     OperationCount,
     SplitSize,
     WrittenNormalization,
     crop_problem,
-    folder_problem,
     written_normalization,
 )
 from dsnet.errors import ConfigError
 from dsnet.settings import Fraction, NonNegativeInt, PositiveFraction, PositiveInt, fits
 from dsnet.wording import shown
-from orchestration.config.section import FROM_LIST, BrokenRule, Section, Text, refuse
+from orchestration.config.section import FROM_LIST, BrokenRule, Known, Section, Text, refuse
 
 
 def _split_size(value: object) -> object:
@@ -62,6 +66,9 @@ NormalizationValue = Annotated[
 
 
 WrittenSplitSize = Annotated[SplitSize, BeforeValidator(_split_size)]
+
+
+DataName = Annotated[str, Known(data_set_names)]
 
 
 class AugmentConfig(Section):
@@ -121,12 +128,24 @@ class SplitsConfig(Section):
         return self
 
 
+class ColumnsConfig(Section):
+    """Names of columns, of a table of labels or of parquet files; null = found by their names."""
+
+    image: Text | None = None
+    """The images, or their paths."""
+    label: Text | None = None
+    """The labels."""
+    split: Text | None = None
+    """Tables of labels only: the part of each image, train, val or test."""
+
+
 class DataConfig(Section):
     """Images, their splits and their augmentation."""
 
-    name: Literal["digits", "cifar10", "image_folder"]
-    """digits: inside scikit-learn | cifar10: parquet or official batches | image_folder:
-    root/class/*.png or *.jpg."""
+    name: DataName
+    """digits: inside scikit-learn | cifar10: parquet or official batches | cifar100: official
+    batches | image_folder: a folder for each class, also in train/, val/ and test/ | parquet: any
+    image data set of the Hugging Face Hub."""
     path: Text | None = DataSettings.path
     """Folder of the images; `~` and $VARIABLES are expanded, relative to the working directory.
     null = $DSNET_DATA."""
@@ -142,10 +161,31 @@ class DataConfig(Section):
     stream: bool = DataSettings.stream
     """Image folders only: read `train` from disk while it trains, for sets that do not fit into
     memory."""
+    include: Text | None = DataSettings.include
+    """Image folders only: pattern of the files that are images, such as "*.jpg"; null = every file
+    with the suffix of an image."""
+    labels: Text | None = DataSettings.labels
+    """Image folders only: table (CSV or parquet) of paths and labels, relative to the folder; null
+    = the folders are the classes."""
+    columns: ColumnsConfig = ColumnsConfig()
+    colour: Colour | None = DataSettings.colour
+    """Channels of the images: rgb (three) | grey (one); null = rgb for image folders, as stored for
+    parquet files."""
+    skip_broken: NonNegativeInt = DataSettings.skip_broken
+    """Image folders only: number of images that may be broken; they are skipped and named."""
+    balance: Balance = DataSettings.balance
+    """Uneven classes in the training of the supernet: none | weights (the loss of an image is
+    weighted by the inverse frequency of its class) | sampling (every epoch has equally many images
+    of each class, those of rare classes several times)."""
     normalization: NormalizationValue = None
     """Normalisation of the images: imagenet | {mean: [...], std: [...]}, one value per channel, for
     pixels in 0..1 as in torchvision; null = that of the checkpoint in supernet.init_from, else mean
     and deviation of `train`."""
+
+    def file_options(self) -> FileOptions:
+        """The settings of the files as the core's own type."""
+        written = self.model_dump(include={each.name for each in fields(FileOptions)})
+        return FileOptions.from_written(written)
 
     def written_normalization(self) -> WrittenNormalization | None:
         """The normalisation that is written; None for null."""
@@ -153,13 +193,14 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _suits_the_source(self) -> DataConfig:
-        if self.name == "image_folder" and self.image_size is None:
+        known = find_data_set(self.name)
+        if known.needs_size and self.image_size is None:
             refuse(BrokenRule(("image_size",), "an image folder needs it: the side in pixels, 8 to 512"))
-        problem = folder_problem(self.name, self.crop_fraction, self.stream)
+        problem = source_problem(self)
         if problem is not None:
-            refuse(BrokenRule((problem[0],), problem[1]))
-        if self.name == "digits" and self.path is not None:
-            message = f"digits comes with scikit-learn and takes no folder; remove {shown(self.path)}"
+            refuse(BrokenRule(tuple(problem[0].split(".")), problem[1]))
+        if not known.has_folder and self.path is not None:
+            message = f"{self.name} comes with scikit-learn and takes no folder; remove {shown(self.path)}"
             refuse(BrokenRule(("path",), message))
         if self.stream and self.augment.crop_padding:
             message = (

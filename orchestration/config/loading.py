@@ -18,6 +18,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from dsnet.data.registry import data_set_names, find_data_set
 from dsnet.errors import ConfigError
 from dsnet.import_path import is_model_path
 from dsnet.wording import plural, shown, way_out
@@ -381,11 +382,16 @@ def _problems_of_presets(
                 yield replace(problem, text=f"{problem.text} (with --preset {preset.prefix[-1]})")
 
 
+def _has_folder(name: object) -> bool:
+    """Whether a data set lies in a folder that the user names; False for unknown names."""
+    return name in data_set_names() and find_data_set(str(name)).has_folder
+
+
 def _fill_paths(stack: _Stack, environ: Mapping[str, str]) -> Iterator[_Problem]:
     """Take data.path from the environment if it is not given, and expand `~` and $VARIABLES in
     paths."""
     data = stack.settings.get("data")
-    if isinstance(data, dict) and data.get("name") in ("cifar10", "image_folder") and data.get("path") is None:
+    if isinstance(data, dict) and _has_folder(data.get("name")) and data.get("path") is None:
         folder = environ.get(DATA_VARIABLE)
         if folder:
             label = f"environment variable {DATA_VARIABLE}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Literal, get_args
 
 from pydantic import (
     JsonValue,
 )
 
+from dsnet.data.settings import FileOptions
 from dsnet.measure.settings import without_default_engines
 from dsnet.structure.settings import without_unread
 from dsnet.training.settings import without_added, without_published
@@ -37,29 +38,33 @@ _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
 }
 
 
+_NOT_IN_DATA_KEY = {"path", "crop_fraction", "normalization", "balance", *(each.name for each in fields(FileOptions))}
+"""Settings of the data on which its fingerprint depends, and those that enter in another form."""
+
+
 def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     """The part of the configuration on which a stage's result depends and that enters its key,
     JSON-able.
 
     The pipeline adds the parents, the fingerprints of the data and of the start weights (hence no
-    `data.path`, `data.crop_fraction` or `supernet.init_from`) and the stage's version. Ray,
-    workers, the device of training, budget, tracking and export never enter: the same sweep run
-    elsewhere, or for longer, is the same sweep.
+    `data.path`, `data.crop_fraction`, options of files or `supernet.init_from`) and the stage's
+    version. Ray, workers, the device of training, budget, tracking and export never enter: the same
+    sweep run elsewhere, or for longer, is the same sweep.
     """
     if stage == "supernet":
         supernet = config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY)
         supernet["train"] = without_added(supernet["train"])
         supernet["bootstrapping"] = without_published(supernet["bootstrapping"])
-        data = config.data.model_dump(mode="json", exclude={"path", "crop_fraction", "normalization"})
+        data = config.data.model_dump(mode="json", exclude=_NOT_IN_DATA_KEY)
         return {
             "seed": config.seed,
-            "data": data | _normalization(config),
+            "data": data | _normalization(config) | _balance(config),
             "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
         }
     if stage == "structure":
         structure = without_unread(config.supernet.structure.model_dump(mode="json", exclude={"concurrent"}))
         chosen: dict[str, JsonValue] = {"seed": config.seed, "supernet": {"structure": structure}}
-        return chosen | ({"data": own} if (own := _normalization(config)) else {})
+        return chosen | ({"data": own} if (own := _normalization(config) | _balance(config)) else {})
     if stage == "measure":
         return {"measure": _measure_subset(config)}
     if stage == "search":
@@ -76,6 +81,13 @@ def _normalization(config: SweepConfig) -> dict[str, Any]:
     before that setting stay valid."""
     written = config.data.written_normalization()
     return {} if written is None else {"normalization": asdict(written)}
+
+
+def _balance(config: SweepConfig) -> dict[str, Any]:
+    """The treatment of uneven classes; nothing for none, so that keys from before that setting stay
+    valid."""
+    balance = config.data.balance
+    return {} if balance == "none" else {"balance": balance}
 
 
 def _measure_subset(config: SweepConfig) -> dict[str, JsonValue]:

@@ -44,11 +44,13 @@ def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[st
 def data_claim(prepared: Prepared) -> dict[str, Any]:
     """The data on which the claims of a run were measured, so that they can be checked."""
     config = prepared.config
+    options = config.data.file_options().written
     return {
         "name": prepared.image_set.name,
         "image_size": config.data.image_size,
         "stream": config.data.stream,
         "crop_fraction": config.data.crop_fraction,
+        **({"files": options} if options else {}),
         "sizes": config.data.splits.model_dump(mode="json"),
         "seed": config.seed,
         "limit": config.data.limit,

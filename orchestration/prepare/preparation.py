@@ -16,7 +16,7 @@ from typing import Any
 from dsnet.data.normalization import Normalization
 from dsnet.data.settings import Augmentation, SplitSizes
 from dsnet.data.sources import ImageSource, load_source
-from dsnet.data.splits import Splits, data_fingerprint, make_splits
+from dsnet.data.splits import Splits, data_fingerprint, splits_of
 from dsnet.data.tensors import TensorData
 from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.environment import resolve_device
@@ -157,6 +157,7 @@ class Prepared:
             augmentation=Augmentation.for_images(self.image_set, **config.data.augment.model_dump()),
             normalization=self.normalization,
             seed=config.seed,
+            balance=config.data.balance,
             weights=supernet.weights,
             recalibration_images=images,
             recalibration_batch=supernet.recalibration.batch_size,
@@ -229,7 +230,7 @@ class Prepared:
     def notes(self) -> tuple[str, ...]:
         """Notes that qualify every number of this run."""
         num_val, num_test = len(self.splits.val), len(self.splits.test)
-        notes = []
+        notes = list(self.image_set.notes)
         if min(num_val, num_test) < 1000:
             notes.append(
                 f"Few images: {num_val} in val and {num_test} in test, so that one image is "
@@ -261,7 +262,7 @@ def load_images(config: SweepConfig) -> Images:
     """
     image_set = _open_images(config)
     sizes = SplitSizes(**config.data.splits.model_dump())
-    splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes, config.seed, config.data.limit)
+    splits = splits_of(image_set, sizes, config.seed, config.data.limit)
     return Images(image_set, splits, image_set.tensor_data(splits))
 
 
@@ -449,6 +450,7 @@ def _open_images(config: SweepConfig) -> ImageSource:
         stream=data.stream,
         num_threads=resolve_threads(config, resolve_cores(config)),
         crop_fraction=data.crop_fraction,
+        options=data.file_options(),
     )
 
 

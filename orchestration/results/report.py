@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dashboards.classes import ClassesInfo
 from dashboards.front import (
     Curve,
     DynamicPoint,
@@ -31,11 +32,13 @@ from dashboards.routes import RoutesInfo
 from dashboards.speedups import SpeedupsInfo, speed_panel, speedups_figure
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
-from dsnet.data.settings import PHOTOS
+from dsnet.data.registry import find_data_set
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json_lines, understood
 from dsnet.measure.latency import LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
+from dsnet.metrics import top1_by_class
+from dsnet.routing.table_routing import run_on_table, static_run
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code, has_own_network, launch_command
 from orchestration.config.sweep import SweepConfig
@@ -86,6 +89,7 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         front=front_info(results),
         hypervolume=hypervolume_of(results),
         routes=routes_of(results, class_names),
+        classes=classes_of(results, class_names),
         routers=routers_of(results),
         speedups=speedups_of(results),
         widths=widths_of(results),
@@ -135,7 +139,7 @@ def bundle_commands(run: RunDir, config: SweepConfig) -> tuple[tuple[str, str], 
         command_line("predict", bundle, "PHOTO...", own_code=own_code),
     )
     serve = ("Answer HTTP requests with the bundle of the knee", command_line("serve", bundle, own_code=own_code))
-    return (photos, serve) if config.data.name in PHOTOS else (serve,)
+    return (photos, serve) if find_data_set(config.data.name).has_photos else (serve,)
 
 
 def _model_name(results: RunResults) -> str:
@@ -510,6 +514,24 @@ def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo |
         counts=by_class.sum(1),
         classes=class_names,
         class_counts=by_class,
+    )
+
+
+def classes_of(results: RunResults, class_names: tuple[str, ...]) -> ClassesInfo | None:
+    """The accuracy within each class on `val`, of the widest sub-network and of the router at the
+    knee of the front; None before the table stage."""
+    if not results.is_done("measure") or not results.is_done("table"):
+        return None
+    table, knee = results.val_table, results.knee
+    widest = top1_by_class(static_run(table, table.routes.index(results.widest.name)), table)
+    routed = {} if knee is None else top1_by_class(run_on_table(results.router(knee), table), table)
+    return ClassesInfo(
+        split="val",
+        router="" if knee is None else trial_name(knee),
+        classes=tuple(class_names[label] for label in widest),
+        num_images=tuple(count for count, _ in widest.values()),
+        widest=tuple(accuracy for _, accuracy in widest.values()),
+        routed=tuple(accuracy for _, accuracy in routed.values()),
     )
 
 

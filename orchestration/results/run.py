@@ -348,9 +348,18 @@ class RunResults:
         added = added_metrics()
         if not added or not self.is_done("table"):
             return {}
-        table = RoutingTable.load(self.run.table(self.done_key("table"), "val"))
+        table = self.val_table
         run = static_run(table, table.routes.index(name))
         return {metric: float(of_run(run, table)) for metric, of_run in added.items()}
+
+    @cached_property
+    def val_table(self) -> RoutingTable:
+        """The routing table of `val`.
+
+        Raises:
+            NotFoundError: the table stage has not finished.
+        """
+        return RoutingTable.load(self.run.table(self.done_key("table"), "val"))
 
     @cached_property
     def metric_ranges(self) -> dict[str, Range]:

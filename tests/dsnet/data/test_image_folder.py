@@ -211,7 +211,9 @@ def test_the_image_size_must_be_given(root: Path) -> None:
 def test_a_truncated_jpeg_is_named(root: Path) -> None:
     file = root / "dogs" / "c.jpeg"
     file.write_bytes(file.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"dogs/c\.jpeg: the image does not decode .*replace or remove it"):
+    with pytest.raises(
+        DataError, match=r"dogs/c\.jpeg: the image does not decode: the file is truncated; replace or remove it"
+    ):
         load(root)
 
 
@@ -238,12 +240,6 @@ def test_all_broken_images_are_counted_and_the_first_ones_named(root: Path) -> N
     assert message.endswith("; and 2 more")
 
 
-def test_a_sixteen_bit_image_is_refused_rather_than_clipped_to_white(root: Path) -> None:
-    Image.fromarray(np.full((9, 9), 40000, dtype=np.uint16)).save(root / "cats" / "b.png")
-    with pytest.raises(DataError, match=r"cats/b\.png: the image has more than 8 bits a channel"):
-        load(root)
-
-
 def test_a_broken_link_is_named(root: Path) -> None:
     (root / "cats" / "z.png").symlink_to(root / "gone.png")
     with pytest.raises(DataError, match=r"cats/z\.png: cannot be read"):
@@ -252,7 +248,7 @@ def test_a_broken_link_is_named(root: Path) -> None:
 
 def test_an_empty_class_folder_is_named(root: Path) -> None:
     (root / "mice").mkdir()
-    with pytest.raises(DataError, match=r"mice: this class folder holds no \.png, \.jpg or \.jpeg"):
+    with pytest.raises(DataError, match=r"mice: this class folder holds no images; put images of the class there"):
         load(root)
 
 

@@ -83,7 +83,7 @@ def test_the_suffix_does_not_matter_for_a_file_that_is_named(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no picture", "is no image"), (b"", "is no image"), (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is no image")],
+    [(b"no picture", "is no image"), (b"", "the file is empty"), (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is no image")],
 )
 def test_a_file_that_is_no_image_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "note.jpg"

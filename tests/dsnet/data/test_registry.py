@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from sklearn import datasets
 
 from dsnet.data.images import ImageSet
-from dsnet.data.registry import data_set_names, load_images, register_data_set
+from dsnet.data.registry import DataSet, check_source, data_set_names, find_data_set, load_images, register_data_set
+from dsnet.data.settings import DataSettings, FileOptions
 from dsnet.errors import ConfigError, DataError
 
 
@@ -54,7 +56,9 @@ def test_an_unknown_name_gets_a_suggestion_and_the_known_names() -> None:
 
 
 def test_a_name_like_no_other_gets_the_known_names() -> None:
-    with pytest.raises(ConfigError, match="unknown data set 'zzz'; known: cifar10, digits, image_folder"):
+    with pytest.raises(
+        ConfigError, match="unknown data set 'zzz'; known: cifar10, cifar100, digits, image_folder, parquet"
+    ):
         load_images("zzz")
 
 
@@ -65,15 +69,27 @@ def test_an_image_size_out_of_range_is_refused(image_size: int) -> None:
 
 
 def test_a_taken_name_cannot_be_registered_again() -> None:
-    def load(_path: str | Path | None, _image_size: int | None) -> ImageSet:
-        return load_images("digits")
-
+    digits = find_data_set("digits")
+    assert register_data_set(digits) is digits
     with pytest.raises(ConfigError, match="'digits' is registered already"):
-        register_data_set("digits", load)
-    assert data_set_names() == ("cifar10", "digits", "image_folder")
+        register_data_set(replace(digits, native_size=9))
+    assert data_set_names() == ("cifar10", "cifar100", "digits", "image_folder", "parquet")
 
 
-@pytest.mark.parametrize("name", ["cifar10", "image_folder"])
+def test_a_data_set_is_one_record_with_its_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsnet.data.registry._DATA_SETS", {})
+
+    def load(path: str | Path | None, image_size: int | None, options: FileOptions) -> ImageSet:
+        assert (path, options.colour) == ("somewhere", None)
+        return ImageSet.create("mine", torch.zeros((4, 1, 9, 9), dtype=torch.uint8), torch.arange(4), "abcd")
+
+    register_data_set(DataSet(name="mine", summary="made here", loader=load, native_size=9))
+    assert load_images("mine", "somewhere", image_size=8).image_shape == (1, 8, 8)
+    with pytest.raises(ConfigError, match=r"data\.skip_broken: the data set mine does not take it; remove it"):
+        check_source(DataSettings(name="mine", skip_broken=1))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "image_folder", "parquet"])
 class TestWhereTheDataLies:
     def test_without_path_and_variable_both_ways_out_are_named(
         self, name: str, monkeypatch: pytest.MonkeyPatch

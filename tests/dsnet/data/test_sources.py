@@ -15,9 +15,9 @@ from dsnet.data import sources
 from dsnet.data.cache import ImageCache
 from dsnet.data.image_folder import decode_images, list_image_folder
 from dsnet.data.normalization import Normalization
-from dsnet.data.settings import Augmentation, SplitSizes
+from dsnet.data.settings import Augmentation, FileOptions
 from dsnet.data.sources import ImageSource, StreamedFolder, load_source
-from dsnet.data.splits import Splits, make_splits
+from dsnet.data.splits import splits_of
 from dsnet.data.training_images import InMemoryImages, StreamedImages
 from dsnet.errors import ConfigError, DataError
 
@@ -41,10 +41,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def both(root: Path) -> tuple[ImageSource, ImageSource]:
     return load_source("image_folder", root, SIZE), load_source("image_folder", root, SIZE, stream=True)
-
-
-def splits_of(source: ImageSource) -> Splits:
-    return make_splits(source.labels.numpy(), source.official_test, SplitSizes(), seed=0)
 
 
 def test_both_kinds_say_the_same_about_the_images(root: Path) -> None:
@@ -145,3 +141,29 @@ def test_what_cannot_be_streamed_is_refused(root: Path) -> None:
         load_source("image_folder", root, stream=True)
     with pytest.raises(ConfigError, match=r"data\.image_size is 4, but must be at least 8 and at most 512"):
         load_source("image_folder", root, 4, stream=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_photos_can_be_read_as_one_channel_of_grey(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setenv("DSNET_CACHE", str(tmp_path / "own"))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 9, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        file = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    grey, coloured = (
+        load_source("image_folder", tmp_path / "photos", 9, stream=stream, options=FileOptions(colour=colour))
+        for colour in ("grey", None)
+    )
+    splits = splits_of(grey)
+    assert grey.image_shape == (1, 9, 9)
+    assert grey.fingerprint != coloured.fingerprint
+    weights = np.array([0.299, 0.587, 0.114])  # ITU-R 601
+    expected = (np.concatenate([pixels[::2], pixels[1::2]]) @ weights)[splits.val]
+    assert np.abs(grey.tensor_data(splits).images("val")[:, 0].numpy() - expected).max() <= 1
+    training = grey.training_images(splits, Augmentation())
+    images, _ = next(iter(training.augmented([(torch.tensor([0, 1]), 5)], torch.device("cpu"))))
+    assert images.shape == (2, 1, 9, 9)
+    assert grey.normalization(splits).mean == pytest.approx((127,), abs=10)

@@ -6,10 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from dsnet.data.cifar10 import holds_cifar10
-from dsnet.data.registry import load_images
 from dsnet.data.survey import survey_folder
 from dsnet.errors import DataError
 from tests.dsnet.data.folders import GREY, fill
@@ -57,27 +55,7 @@ def test_files_that_do_not_decode_are_named(tmp_path: Path) -> None:
         survey_folder(tmp_path)
 
 
-def test_images_that_lie_deeper_are_found_and_told(tmp_path: Path) -> None:
-    fill(tmp_path / "crack" / "Imgs", 2)
-    Image.new("RGB", (8, 8)).save(tmp_path / "crack" / "Imgs" / "0.jpg")
-    fill(tmp_path / "free" / "Imgs", 1)
-    with pytest.raises(
-        DataError, match=r"one folder too deep \(2 such folders; crack/Imgs holds 2 \.png, 1 \.jpg.*masks"
-    ) as met:
-        survey_folder(tmp_path)
-    assert f"expected {tmp_path}/CLASS/x.jpg" in str(met.value)
-
-
-def test_a_folder_one_level_too_high_names_the_one_below(tmp_path: Path) -> None:
-    fill(tmp_path / "photos" / "cat", 2)
-    fill(tmp_path / "photos" / "dog", 2)
-    with pytest.raises(DataError, match=r"class folders \(cat, dog\) lie in .*photos; pass --data .*photos"):
-        survey_folder(tmp_path)
-    with pytest.raises(DataError, match=r"holds no images but class folders \(cat, \.\.\.\).*--data .*photos"):
-        load_images("image_folder", tmp_path, 32)
-
-
-@pytest.mark.parametrize(("place", "message"), [("", "1 images lie in the folder itself"), ("a", "found 1 class")])
+@pytest.mark.parametrize(("place", "message"), [("", r"images \(1\) lie in the folder itself"), ("a", "found 1 class")])
 def test_a_folder_without_classes_is_told(tmp_path: Path, place: str, message: str) -> None:
     fill(tmp_path / place, 1)
     with pytest.raises(DataError, match=message):
@@ -85,13 +63,13 @@ def test_a_folder_without_classes_is_told(tmp_path: Path, place: str, message: s
 
 
 def test_an_empty_folder_and_no_folder_are_told(tmp_path: Path) -> None:
-    for root, message in ((tmp_path, r"no \.png, \.jpg or \.jpeg"), (tmp_path / "gone", "not a folder")):
+    for root, message in ((tmp_path, "no images in it or below it"), (tmp_path / "gone", "does not exist")):
         with pytest.raises(DataError, match=message):
             survey_folder(root)
 
 
-@pytest.mark.parametrize("file", ["train-00000.parquet", "cifar-10-batches-py/data_batch_1", "cifar-10-python.tar.gz"])
-def test_cifar10_is_known_by_its_files(tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize("file", ["cifar-10-batches-py/data_batch_1", "cifar-10-python.tar.gz"])
+def test_cifar10_is_known_by_its_batches(tmp_path: Path, file: str) -> None:
     assert not holds_cifar10(tmp_path)
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()

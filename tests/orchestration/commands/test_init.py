@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from dsnet.data.cifar10 import CLASS_NAMES
 from dsnet.families import family_names
 from dsnet.network.plain import make_plain
 from orchestration.config.loading import load_config
@@ -83,11 +90,37 @@ def test_too_few_images_of_a_class_are_told_before_a_file_is_written(tmp_path: P
 
 
 def test_a_file_for_cifar10_leaves_size_and_splits_as_they_are(tmp_path: Path) -> None:
-    (tmp_path / "c10").mkdir()
-    (tmp_path / "c10" / "train.parquet").touch()
+    write_parquet(tmp_path / "c10" / "train.parquet", 10, CLASS_NAMES)
     assert call(tmp_path, "init", "--data", tmp_path / "c10").code == 0
     config = load_config(tmp_path / "c10.yaml").config
     assert (config.data.name, config.data.image_size, config.supernet.options["stem"]) == ("cifar10", None, "small")
+
+
+def write_parquet(file: Path, count: int, names: Sequence[str]) -> None:
+    """A shard of the hub with grey images of 16 x 16 pixels."""
+    buffer = io.BytesIO()
+    Image.new("L", (16, 16), 99).save(buffer, "PNG")
+    table = pa.table(
+        {
+            "image": [{"bytes": buffer.getvalue(), "path": None}] * count,
+            "label": [row % len(names) for row in range(count)],
+        }
+    )
+    features = {"label": {"names": list(names), "_type": "ClassLabel"}}
+    file.parent.mkdir(parents=True)
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), file)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_for_parquet_files_of_the_hub_says_what_they_hold(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "mnist" / "train-00000-of-00001.parquet", 40, ("3", "7"))
+    answer = call(tmp_path, "init", "--data", tmp_path / "mnist")
+    assert answer.code == 0, answer.err
+    config = load_config(tmp_path / "mnist.yaml").config
+    assert (config.data.name, config.data.image_size) == ("parquet", None)
+    text = (tmp_path / "mnist.yaml").read_text(encoding="utf-8")
+    assert "40 images of 16 x 16 pixels in 2 classes." in text
+    assert "the columns are image and label" in text
 
 
 @pytest.mark.usefixtures("cache")

@@ -11,7 +11,6 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from dsnet.data.registry import data_set_names
 from dsnet.measure.settings import DeviceSettings
 from dsnet.settings import OneOf, Settings, alternatives, dotted_keys, split_bounds, types_of
 from dsnet.standalone.resolved import StandaloneConfig
@@ -71,9 +70,15 @@ def core_fields(owner: type, keys: dict[str, str]) -> Iterator[CoreField]:
         yield CoreField(keys[field.name], owner, field.name, types_of(owner)[field.name], default)
 
 
+def subclasses(base: type) -> Iterator[type]:
+    for found in base.__subclasses__():
+        yield found
+        yield from subclasses(found)
+
+
 def every_core_field() -> list[CoreField]:
     """The fields of every class of settings in the core."""
-    classes = [found for found in Settings.__subclasses__() if found.__module__.startswith("dsnet.")]
+    classes = [found for found in subclasses(Settings) if found.__module__.startswith("dsnet.")]
     assert {StandaloneConfig, SupernetRun} <= set(classes)
     assert len(classes) >= 13
     return [field for found in classes for field in core_fields(found, dict(dotted_keys(found)))]
@@ -150,10 +155,6 @@ def test_only_what_is_open_by_default_differs_from_the_core() -> None:
     default_of = {core.key: core.default for core in COMPARED}
     left_open = {key for key in OPEN if known_fields()[key].default in (None, FROM_DATA) and key in default_of}
     assert left_open == OPEN
-
-
-def test_the_data_sets_of_a_file_are_registered() -> None:
-    assert sorted(get_args(known_fields()["data.name"].annotation)) == sorted(data_set_names())
 
 
 @pytest.mark.parametrize(

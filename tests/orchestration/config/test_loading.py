@@ -593,7 +593,7 @@ def test_of_many_problems_the_first_ones_are_listed(sweep: Path) -> None:
         (
             "name: digits",
             "name: mnist",
-            "sweep.yaml:3:14: data.name: unknown data 'mnist'; known: digits, cifar10, image_folder",
+            "sweep.yaml:3:14: data.name: unknown data 'mnist'; known: cifar10, cifar100, digits, image_folder, parquet",
         ),
         ("name: digits", "name: image_folder", "sweep.yaml:3:1: data.image_size: an image folder needs it"),
         (

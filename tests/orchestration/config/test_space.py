@@ -78,7 +78,7 @@ def test_three_objectives_and_latencies_of_named_devices() -> None:
         export={"picks": ["max:top1 where latency_ms.server<=3"]},
     )
     latencies = ["latency_ms", "latency_ms_batch8"]
-    names = ["top1", "top5", "madds_m", "p95_madds_m", "params_m", *latencies]
+    names = ["top1", "top5", "madds_m", "p95_madds_m", "params_m", "balanced_top1", *latencies]
     names += [f"{name}.{device}" for device in ("server", "gpu") for name in latencies]
     assert list(metric_names(config)) == names
     assert {latency_metric(size, device) for size in (1, 8) for device in ("", "server", "gpu")} <= set(names)

@@ -93,6 +93,11 @@ def test_a_run_that_stopped_after_any_stage_can_be_read(finished: Finished, tmp_
     data = report_data(results, tuple("0123456789"), (), "stopped")
     assert (data.front is not None) == (num_done >= 2)
     assert (data.routes is not None) == (num_done == 5)
+    assert (data.classes is not None) == (num_done >= 3)
+    if data.classes is not None and results.knee is not None:
+        claimed = results.record(results.knee).metrics["balanced_top1"]
+        assert sum(data.classes.routed) / len(data.classes.routed) == pytest.approx(claimed)
+        assert sum(data.classes.num_images) == results.num_val
     if num_done < 5:
         with pytest.raises(NotFoundError, match=f"not finished its {STAGES[num_done]} stage.*dsnet-orch launch"):
             results.done_key(STAGES[num_done])

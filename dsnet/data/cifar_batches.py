@@ -1,5 +1,4 @@
-"""Reader of CIFAR-10's official Python batches: the folder `cifar-10-batches-py` or
-`cifar-10-python.tar.gz`.
+"""Reader of the official Python batches of CIFAR-10 and CIFAR-100, in a folder or an archive.
 
 The batches are pickles from the internet, and unpickling can run any code. They are therefore read
 by a restricted unpickler: the names that an array needs are replaced by the stand-ins below, and
@@ -15,21 +14,23 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from dsnet.data.decoding import read_regular_file
 from dsnet.data.labels import check_labels
 from dsnet.errors import DataError
+from dsnet.wording import size as size_text
 
-ARCHIVE_NAME = "cifar-10-python.tar.gz"
-FOLDER_NAME = "cifar-10-batches-py"
-TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
-TEST_BATCH = "test_batch"
-META = "batches.meta"
-
+IMAGE_SIZE = 32
+MAX_MEMBER_BYTES = 2**28
+"""Largest batch in an archive, 256 MiB; CIFAR-100's training batch has 155 MB."""
+MAX_ARCHIVE_BYTES = 2**29
+"""Largest content of an archive, 512 MiB: more is no CIFAR, and may be made to fill the memory."""
 _CHANNELS = 3
 _BROKEN_PICKLE = (
     pickle.UnpicklingError,
@@ -49,89 +50,121 @@ Split = tuple[UInt8[np.ndarray, "_images 3 size size"], Int64[np.ndarray, " _ima
 """Pixels uint8 [N, 3, size, size] and labels int64 [N]."""
 
 
-def read_batch_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tuple[Split, Split]:
-    """Read the official train and test parts from a folder.
+@dataclass(frozen=True, kw_only=True)
+class BatchLayout:
+    """Names of the files of a data set, and of the entries in them."""
 
-    Args:
-        folder: The folder with data_batch_1..5, test_batch and batches.meta.
-        class_names: The expected class names in label order; batches.meta must list the same.
-        image_size: Height and width of the images.
+    title: str
+    """The data set's name for people."""
+    archive: str
+    folder: str
+    train: tuple[str, ...]
+    test: str
+    meta: str
+    labels: str
+    """Entry of a batch with its labels."""
+    names: str
+    """Entry of the meta file with the names of the classes."""
+    class_names: tuple[str, ...] | None
+    """The expected names; None: whatever the meta file says."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files."""
+        return (*self.train, self.test, self.meta)
+
+
+def read_batch_folder(folder: Path, layout: BatchLayout) -> tuple[Split, Split, tuple[str, ...]]:
+    """Read the official train and test parts, and the names of the classes, from a folder.
 
     Raises:
-        DataError: A file is missing, truncated, not a CIFAR-10 batch, or mislabelled; the message
-            names it.
+        DataError: A file is missing, truncated, not such a batch, or mislabelled; the message names
+            it.
     """
     files: dict[str, bytes] = {}
-    for name in (*TRAIN_BATCHES, TEST_BATCH, META):
-        try:
-            files[name] = (folder / name).read_bytes()
-        except FileNotFoundError as error:
-            raise DataError(f"{folder / name} is missing; unpack {ARCHIVE_NAME} again") from error
-        except OSError as error:
-            raise DataError(f"{folder / name}: cannot be read ({error.strerror}); check its permissions") from error
-    return _read_batches(files, lambda name: str(folder / name), class_names, image_size)
+    for name in layout.files:
+        if not (folder / name).exists():
+            raise DataError(f"{folder / name} is missing; unpack {layout.archive} again")
+        files[name] = read_regular_file(folder / name)
+    return _read_batches(files, lambda name: str(folder / name), layout)
 
 
-def read_archive(archive: Path, class_names: Sequence[str], image_size: int) -> tuple[Split, Split]:
-    """Read both parts from `cifar-10-python.tar.gz` without unpacking it to disk.
+def read_archive(archive: Path, layout: BatchLayout) -> tuple[Split, Split, tuple[str, ...]]:
+    """Read both parts from the official archive without unpacking it to disk.
 
     Raises:
-        DataError: As for `read_batch_folder`, or the archive itself is truncated.
+        DataError: As for `read_batch_folder`, or the archive itself is truncated or much larger
+            than the official one.
     """
-    wanted = (*TRAIN_BATCHES, TEST_BATCH, META)
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
+                _check_member_size(member, archive, layout)
                 name = PurePosixPath(member.name).name
-                content = tar.extractfile(member) if name in wanted and member.isfile() else None
+                content = tar.extractfile(member) if name in layout.files and member.isfile() else None
                 if content is not None:
                     files[name] = content.read()
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{archive}: not a whole tar.gz archive ({error}); fetch it again") from error
-    for name in wanted:
+    for name in layout.files:
         if name not in files:
-            raise DataError(f"{archive}: {FOLDER_NAME}/{name} is missing in it; fetch it again")
-    return _read_batches(files, lambda name: f"{archive}, {name}", class_names, image_size)
+            raise DataError(f"{archive}: {layout.folder}/{name} is missing in it; fetch it again")
+    return _read_batches(files, lambda name: f"{archive}, {name}", layout)
+
+
+def _check_member_size(member: tarfile.TarInfo, archive: Path, layout: BatchLayout) -> None:
+    """Refuse what would have to be unpacked for long, before it is."""
+    end = member.offset_data + member.size
+    if member.size > MAX_MEMBER_BYTES or end > MAX_ARCHIVE_BYTES:
+        raise DataError(
+            f"{archive}: {member.name} has {size_text(member.size)}, so that this is not the official archive of {layout.title} "
+            f"(at most {size_text(MAX_MEMBER_BYTES)} a file and {size_text(MAX_ARCHIVE_BYTES)} in all); fetch it again"
+        )
 
 
 def _read_batches(
-    files: Mapping[str, bytes], where: Callable[[str], str], class_names: Sequence[str], image_size: int
-) -> tuple[Split, Split]:
-    meta = _load(files[META], where(META))
-    label_names = meta.get("label_names")
-    if not isinstance(label_names, list) or [_as_text(name) for name in label_names] != list(class_names):
+    files: Mapping[str, bytes], where: Callable[[str], str], layout: BatchLayout
+) -> tuple[Split, Split, tuple[str, ...]]:
+    meta = _load(files[layout.meta], where(layout.meta), layout)
+    names = meta.get(layout.names)
+    expected = layout.class_names
+    found = tuple(map(_as_text, names)) if isinstance(names, list) else ()
+    if not found or not all(isinstance(name, str) for name in found) or (expected is not None and found != expected):
+        must_be = "a list of names" if expected is None else repr(list(expected))
         raise DataError(
-            f"{where(META)}: label_names is {label_names!r}, must be {list(class_names)!r}: "
-            "not the official CIFAR-10; fetch it again"
+            f"{where(layout.meta)}: {layout.names} is {names!r}, must be {must_be}: not the official {layout.title}; "
+            "fetch it again"
         )
+    class_names = tuple(map(str, found))
+    num_images = meta.get("num_cases_per_batch") if len(layout.train) > 1 else None
     parts = [
-        _read_batch(files[name], where(name), meta.get("num_cases_per_batch"), class_names, image_size)
-        for name in (*TRAIN_BATCHES, TEST_BATCH)
+        _read_batch(files[name], where(name), num_images, class_names, layout) for name in (*layout.train, layout.test)
     ]
     train, test = parts[:-1], parts[-1]
-    return (np.concatenate([pixels for pixels, _ in train]), np.concatenate([labels for _, labels in train])), test
+    whole = (np.concatenate([pixels for pixels, _ in train]), np.concatenate([labels for _, labels in train]))
+    return whole, test, class_names
 
 
-def _read_batch(content: bytes, where: str, num_images: object, class_names: Sequence[str], image_size: int) -> Split:
-    batch = _load(content, where)
-    labels, data = batch.get("labels"), batch.get("data")
+def _read_batch(
+    content: bytes, where: str, num_images: object, class_names: Sequence[str], layout: BatchLayout
+) -> Split:
+    batch = _load(content, where, layout)
+    labels, data = batch.get(layout.labels), batch.get("data")
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise DataError(f"{where}: 'labels' must be a list of integers; fetch it again")
+        raise DataError(f"{where}: {layout.labels!r} must be a list of integers; fetch it again")
     if not isinstance(data, _PickledArray):
         raise DataError(f"{where}: 'data' must be an array of pixels, is {type(data).__name__}; fetch it again")
-    num_values = _CHANNELS * image_size * image_size
+    num_values = _CHANNELS * IMAGE_SIZE * IMAGE_SIZE
     pixels = data.to_uint8(where)
     if pixels.ndim != 2 or pixels.shape[1] != num_values or not len(pixels):
         raise DataError(f"{where}: 'data' has shape {pixels.shape}, must be (images, {num_values}); fetch it again")
     if len(labels) != len(pixels) or (isinstance(num_images, int) and num_images != len(pixels)):
-        raise DataError(
-            f"{where}: {len(pixels)} images and {len(labels)} labels, but batches.meta says {num_images} a batch; "
-            "fetch it again"
-        )
+        said = f", but {layout.meta} says {num_images} a batch" if isinstance(num_images, int) else ""
+        raise DataError(f"{where}: {len(pixels)} images and {len(labels)} labels{said}; fetch it again")
     values = np.asarray(labels, dtype=object)  # checked before the conversion: a huge integer would overflow
     check_labels(values, class_names, where)
-    return pixels.reshape(-1, _CHANNELS, image_size, image_size), values.astype(np.int64)
+    return pixels.reshape(-1, _CHANNELS, IMAGE_SIZE, IMAGE_SIZE), values.astype(np.int64)
 
 
 class _PickledType:
@@ -211,12 +244,12 @@ class _DataUnpickler(pickle._Unpickler):
         return _STAND_INS[module, name]
 
 
-def _load(content: bytes, where: str) -> dict[object, Any]:
+def _load(content: bytes, where: str, layout: BatchLayout) -> dict[object, Any]:
     try:
         # latin1: the official files were written by Python 2, whose strings are bytes.
         batch = _DataUnpickler(io.BytesIO(content), encoding="latin1").load()
     except _BROKEN_PICKLE as error:
-        raise DataError(f"{where}: not a whole CIFAR-10 batch ({error}); fetch it again") from error
+        raise DataError(f"{where}: not a whole {layout.title} batch ({error}); fetch it again") from error
     if not isinstance(batch, dict):
         raise DataError(f"{where}: must hold a dictionary, holds {type(batch).__name__}; fetch it again")
     return {_as_text(key): value for key, value in batch.items()}
