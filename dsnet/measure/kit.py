@@ -12,6 +12,7 @@ not in its result.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from numpy.typing import NDArray
 from dsnet.deploy.onnx_files import tail_name
 from dsnet.deploy.onnx_graphs import OPSET
 from dsnet.deploy.segments import CutSegments
-from dsnet.errors import CheckpointError, ConfigError, DataError
-from dsnet.files import atomic_write_bytes, atomic_write_json, file_sha256, read_object
+from dsnet.errors import ConfigError, DataError
+from dsnet.files import atomic_write_bytes, atomic_write_json, file_sha256
 from dsnet.measure.engine_parts import HIDDEN, PartGraphs
 from dsnet.measure.latency import MIN_REPEATS, TRUNK, LatencySamples, MachineLoad, Rounds
 from dsnet.measure.settings import LatencySettings
@@ -205,11 +206,17 @@ def _is_static(graph: Mapping[str, Any]) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_object(path)
-    except CheckpointError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
         raise DataError(
-            f"{error} It must be the result.json that {SCRIPT} has written; copy it from the device again"
+            f"{path} cannot be read: {error.strerror}; name the result.json that {SCRIPT} has written"
         ) from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error) or "nested too deeply"
+        raise DataError(f"{path} is not valid JSON ({reason}); copy the file from the device again") from error
+    if not isinstance(data, dict):
+        raise DataError(f"{path} is no result of {SCRIPT}; name the result.json that it has written")
+    return data
 
 
 def _check_outputs(path: Path, kit: Mapping[str, Any], deviations: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dsnet.files import atomic_write_json, read_json
+from dsnet.files import atomic_write_json, read_sealed, write_sealed
 from orchestration.commands.messages import complain
 from orchestration.commands.supernet_tables import show_supernets_status
 from orchestration.commands.sweep import find_run
@@ -140,9 +140,9 @@ def test_the_status_of_supernets_shows_how_to_continue_after_the_driver_was_kill
 def test_the_status_shows_how_to_continue_after_the_driver_was_killed(finished: Finished, tmp_path: Path) -> None:
     folder = finished.copy(tmp_path)
     run = results_in(folder).run
-    manifest = read_json(run.manifest_path)
+    manifest = read_sealed(run.manifest_path)
     del manifest["stages"]["verify"]
-    atomic_write_json(run.manifest_path, manifest)
+    write_sealed(run.manifest_path, manifest)
     killed = replace(LockHolder.this_process("dsnet-orch launch"), start_time=1)
     atomic_write_json(run.lock_path, asdict(killed))
     told = call(folder, "status", "tiny").out

@@ -23,6 +23,7 @@ from dsnet.errors import ConfigError
 from search.conditions.constraints import ConstraintSet
 from search.front.pareto import hypervolume
 from search.study.engine import Budget, Search
+from search.study.journal_chain import _whole_lines, _write_chain, running_hashes
 from search.study.runner import OneByOne, SerialRunner, TrialFunction, TrialOutcome, TrialSpec, outcome_from
 from search.study.stopping import Plateau, StopRules
 from search.study.study import StudyJournal, TrialRecord, load_records
@@ -339,6 +340,7 @@ def test_a_half_cohort_that_the_sampler_would_not_suggest_again_is_refused(tmp_p
     last = json.loads(lines[-1])
     last["params"]["gate.target"] = 0.123456
     path.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+    _write_chain(path, running_hashes(_whole_lines(path.read_bytes())))  # as if it had been written so
     with pytest.raises(ConfigError, match=r"slot 2 of the study .*0\.123456.*other versions of Optuna or NumPy"):
         sweep(path, 5)
 
