@@ -16,6 +16,7 @@ from dashboards.routers import COLOURS
 from dashboards.theme import INK, MUTED, dressed, finite, note, percent, plain, router_name, router_symbol, significant
 from dsnet.wording import plural, signed
 from search.front.controls import StaticLine
+from search.front.pareto import front_mask
 
 _STEPS = 60
 """Number of points of the static line, which is curved over the speed-up."""
@@ -34,7 +35,7 @@ class SpeedPoint:
 
 @dataclass(frozen=True)
 class SpeedPanel:
-    """What was measured at one batch size."""
+    """The sub-networks and routers at one batch size."""
 
     batch_size: int
     static: tuple[SpeedPoint, ...]
@@ -114,11 +115,10 @@ def _point(row: Mapping[str, Any], metric: str) -> SpeedPoint:
 
 def _best(points: Sequence[SpeedPoint]) -> tuple[SpeedPoint, ...]:
     """See `SpeedPanel.routers`."""
-    best: list[SpeedPoint] = []
-    for point in sorted(points, key=lambda point: (point.latency_ms, -point.top1)):
-        if not best or point.top1 > best[-1].top1:
-            best.append(point)
-    return tuple(reversed(best))
+    values = [(point.latency_ms, point.top1) for point in points]
+    mask = front_mask(values, ("minimize", "maximize"), keep_duplicates=False)
+    best = (point for point, is_best in zip(points, mask, strict=True) if is_best)
+    return tuple(sorted(best, key=lambda point: -point.latency_ms))
 
 
 def speedups_figure(info: SpeedupsInfo) -> go.Figure:

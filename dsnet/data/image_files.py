@@ -138,7 +138,7 @@ def _is_of_the_system(name: str) -> bool:
 
 
 def suffix_counts(files: Sequence[Path]) -> str:
-    """How many files there are of each suffix, the most frequent first: `12 .txt, 3 .xml`."""
+    """The number of files with each suffix, as text, the most frequent first: `12 .txt, 3 .xml`."""
     counts = Counter(file.suffix.lower() or "without suffix" for file in files).most_common()
     named = [f"{count:,} {suffix}" for suffix, count in counts[:_NUM_SUFFIXES]]
     rest = sum(count for _, count in counts[_NUM_SUFFIXES:])

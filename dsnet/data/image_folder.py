@@ -81,8 +81,8 @@ class FolderListing:
 
     @cached_property
     def further_content(self) -> list[object]:
-        """What the images' names do not tell about parts, labels and channels; empty for class
-        folders of RGB images with or without a test part."""
+        """The parts, labels and channels that do not follow from the names of the images; empty
+        for class folders of RGB images with or without a test part."""
         own: list[object] = [] if self.num_val is None else ["val", self.num_val]
         own += [] if self.channels == 3 else ["channels", self.channels]
         labelled = zip(self.names, self.labels, strict=True)

@@ -49,7 +49,7 @@ class Layout:
 
 @dataclass
 class _Found:
-    """What is collected while a folder is looked at."""
+    """Notes and unused files, collected during the walk through a folder."""
 
     notes: list[str] = field(default_factory=list)
     unused: list[Path] = field(default_factory=list)

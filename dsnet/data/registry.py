@@ -34,7 +34,7 @@ class DataSet:
     name: str
     """The value of `data.name`."""
     summary: str
-    """What it is, as a phrase."""
+    """A short description of the data, as a phrase."""
     loader: Loader | str
     """Function that reads it, or its import path `package.module:function`."""
     native_size: int | None = None

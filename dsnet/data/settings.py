@@ -335,7 +335,7 @@ class DataSettings(FileOptions):
     stream: bool = False
     """Image folders only: stream `train` from its files during training."""
     balance: Balance = "none"
-    """What is done about uneven classes in the training of the supernet; see
+    """Weights or sampling for uneven classes in the training of the supernet; see
     `dsnet.training.balance`."""
     normalization: Literal["imagenet"] | Mapping[str, Any] | None = None
     """Normalisation of the images: `imagenet`, or the fields of `WrittenNormalization`; None: that

@@ -30,8 +30,8 @@ _SHARES = {"train": 0.55, "gate": 0.15, "val": 0.15, "test": 0.15}
 _SHARES_BESIDE_OFFICIAL_TEST = {"train": 0.8, "gate": 0.1, "val": 0.1}  # CIFAR-10: 40,000 / 5,000 / 5,000
 _SHARES_BESIDE_OFFICIAL_VAL = {"train": 0.9, "gate": 0.1}
 _SHARES_OF_OFFICIAL_VAL = {"val": 0.5, "test": 0.5}
-"""Where the data has no test part. Both splits stay images that no network was trained on, also
-not one that was trained elsewhere on the training part."""
+"""Shares of the data's own validation part, where it has no test part: a pretrained network may
+have seen the training part, but none of these images."""
 
 
 @dataclass(frozen=True, eq=False)

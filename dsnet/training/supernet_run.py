@@ -46,7 +46,7 @@ class SupernetRun(Settings):
     normalization: Normalization
     seed: Seed = DEFAULT_SEED
     balance: Balance = DataSettings.balance
-    """What is done about uneven classes; see `dsnet.training.balance`."""
+    """Weights or sampling for uneven classes; see `dsnet.training.balance`."""
     weights: KeptWeights = SupernetSettings.weights
     recalibration_images: NonNegativeInt | None = RecalibrationSettings.images
     """Images of the training split for BatchNorm recalibration; None takes all; 0 does not

@@ -243,12 +243,8 @@ def draw_front(results: RunResults, path: Path) -> Path:
         NotFoundError: the run has no measured sub-networks yet.
         PreflightError: an image format whose tools are not installed.
     """
-    info = front_info(results)
-    if info is None:
-        raise NotFoundError(
-            f"run {results.run.name!r} has no front yet; continue it with: "
-            f"{launch_command(results.config, results.run.sweep_yaml)}"
-        )
+    if (info := front_info(results)) is None:
+        raise _too_early(results, "has no front yet")
     return write_figure(front_figure(info), path)
 
 
@@ -260,13 +256,14 @@ def draw_routers(results: RunResults, path: Path) -> Path:
         NotFoundError: the front has not been verified yet.
         PreflightError: an image format whose tools are not installed.
     """
-    info = routers_of(results)
-    if info is None:
-        raise NotFoundError(
-            f"run {results.run.name!r} has not been verified yet; continue it with: "
-            f"{launch_command(results.config, results.run.sweep_yaml)}"
-        )
+    if (info := routers_of(results)) is None:
+        raise _too_early(results, "has not been verified yet")
     return write_figure(routers_figure(info), path)
+
+
+def _too_early(results: RunResults, why: str) -> NotFoundError:
+    command = launch_command(results.config, results.run.sweep_yaml)
+    return NotFoundError(f"run {results.run.name!r} {why}; continue it with: {command}")
 
 
 def headline(results: RunResults) -> Headline:
@@ -583,12 +580,8 @@ def draw_speedups(results: RunResults, path: Path) -> Path:
         NotFoundError: no trial has finished yet.
         PreflightError: an image format whose tools are not installed.
     """
-    info = speedups_of(results)
-    if info is None:
-        raise NotFoundError(
-            f"run {results.run.name!r} has no finished trial yet; continue it with: "
-            f"{launch_command(results.config, results.run.sweep_yaml)}"
-        )
+    if (info := speedups_of(results)) is None:
+        raise _too_early(results, "has no finished trial yet")
     return write_figure(speedups_figure(info), path)
 
 

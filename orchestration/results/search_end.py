@@ -1,4 +1,4 @@
-"""How a search ended, as end.json holds it."""
+"""The file `end.json`: reason, stop rules and number of trials at the end of a search."""
 
 from __future__ import annotations
 

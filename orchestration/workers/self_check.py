@@ -79,7 +79,7 @@ class ArithmeticReport:
         write_sealed(self._path, begun)
 
     def _begun(self) -> dict[str, Any] | None:
-        """What the beginning of the search wrote; None if there is nothing, or it is damaged."""
+        """The facts stored when the search began; None if there are none, or damaged ones."""
         if not self._path.exists():
             return None
         try:

@@ -53,7 +53,7 @@ class StaticTables:
     run."""
 
     tables: tuple[RoutingTable, ...]
-    """Of the same images."""
+    """Routing tables of the same images."""
 
     @property
     def names(self) -> tuple[str, ...]:

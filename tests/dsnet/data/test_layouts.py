@@ -39,7 +39,7 @@ def parts(listing: FolderListing) -> dict[str, list[str]]:
 
 
 def splits_by_folder(root: Path) -> dict[str, Counter[str]]:
-    """How many files of each top folder every split has."""
+    """For each split, the number of its files in each top folder."""
     source = StreamedFolder(list_image_folder(root), 8)
     splits = splits_of(source)
     names = source.listing.names
