@@ -122,6 +122,8 @@ class VitSupernet(Supernet):
     """Patches as tokens, blocks of self-attention with gates between them, and a classifier on the
     class token."""
 
+    UNDECAYED = ("cls_token", POSITIONS)
+
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
         super().__init__(spec, subnets)
         draw = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -229,10 +231,6 @@ class VitSupernet(Supernet):
             elif isinstance(part, TokenGate):
                 axes |= prefixed(name, part.axes(stream))
         return axes
-
-    def undecayed(self) -> frozenset[str]:
-        """The class token and the positions."""
-        return frozenset(("cls_token", POSITIONS))
 
     def fitted(
         self, tensors: Mapping[str, Shaped[Tensor, "*_"]], spec: SupernetSpec

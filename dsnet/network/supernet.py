@@ -259,11 +259,6 @@ class Supernet(nn.Module, ABC):
         dimensions, as filters have."""
         return frozenset()
 
-    def undecayed(self) -> frozenset[str]:
-        """The names of parameters that weight decay leaves alone although they have two or more
-        dimensions."""
-        return frozenset()
-
     def fitted(
         self, tensors: Mapping[str, Shaped[Tensor, "*_"]], spec: SupernetSpec
     ) -> Mapping[str, Shaped[Tensor, "*_"]]:

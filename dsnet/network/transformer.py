@@ -8,10 +8,10 @@ products of self-attention are written out, so that counters of operations see t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from dsnet.network.traced import TracedLayerNorm, TracedLinear
 
 EPS = 1e-6
 """Epsilon of LayerNorm, as in the well-known releases of ViT and DeiT."""
-_Map = Callable[[Tensor], Tensor]
 
 
 class TransformerBlock(nn.Module):
@@ -95,15 +94,23 @@ class PlainBlock(nn.Module):
         return run_block(x, layers, self.head_channels)
 
 
-class BlockLayers(NamedTuple):
-    """The layers of a block, each a function of tokens."""
+class TokenMap(Protocol):
+    """A layer on tokens."""
 
-    norm1: _Map
-    qkv: _Map
-    proj: _Map
-    norm2: _Map
-    fc1: _Map
-    fc2: _Map
+    def __call__(self, x: Float[Tensor, "batch tokens channels"], /) -> Float[Tensor, "batch tokens out_channels"]:
+        """[B, T, c] -> [B, T, c']."""
+        ...
+
+
+class BlockLayers(NamedTuple):
+    """The layers of a block."""
+
+    norm1: TokenMap
+    qkv: TokenMap
+    proj: TokenMap
+    norm2: TokenMap
+    fc1: TokenMap
+    fc2: TokenMap
 
 
 def run_block(
@@ -133,7 +140,7 @@ def self_attention(
 
 
 def run_blocks(
-    x: Float[Tensor, "batch tokens channels"], blocks: Sequence[tuple[int, _Map]]
+    x: Float[Tensor, "batch tokens channels"], blocks: Sequence[tuple[int, TokenMap]]
 ) -> Float[Tensor, "batch tokens channels"]:
     """Run blocks one after the other, each on the first channels of the stream.
 
@@ -191,7 +198,14 @@ class TokenGate(nn.Module):
 class PlainEmbedding(nn.Module):
     """Images as tokens; see `embedded`."""
 
-    def __init__(self, patches: nn.Conv2d, class_token: Tensor, positions: Tensor) -> None:
+    UNDECAYED = ("class_token", "positions")
+
+    def __init__(
+        self,
+        patches: nn.Conv2d,
+        class_token: Float[Tensor, "1 1 stream"],
+        positions: Float[Tensor, "1 tokens stream"],
+    ) -> None:
         super().__init__()
         self.patches = patches
         self.class_token = nn.Parameter(class_token)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from dsnet.network.supernet import Supernet
+from dsnet.network.layers import undecayed
 from dsnet.training.settings import TrainSettings
 
 ONE_CYCLE_START = 25.0
@@ -37,12 +37,12 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum or AdamW, in torch's foreach form; 1-d parameters, and those that
-    a supernet names (`Supernet.undecayed`), are not decayed.
+    a module names (`dsnet.network.layers.undecayed`), are not decayed.
 
     The fused form is not used: for SGD it fails on parameters that get their first gradient late,
     as private affine pairs do in a sandwich.
     """
-    kept = module.undecayed() if isinstance(module, Supernet) else frozenset()
+    kept = undecayed(module)
     named = list(module.named_parameters())
     decayed = [parameter for name, parameter in named if parameter.ndim > 1 and name not in kept]
     plain = [parameter for name, parameter in named if parameter.ndim <= 1 or name in kept]
