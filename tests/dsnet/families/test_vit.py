@@ -494,7 +494,7 @@ def test_it_learns_the_digits() -> None:
     optimizer, draw = make_optimizer(supernet, train), torch.Generator().manual_seed(0)
     plan = StepPlan(subnets.largest, (), subnets[0], 0.0, frozenset())
     rules = StepRules(teacher="none", smoothing=0.1)
-    for _ in range(120):
+    for _ in range(60):
         rows = torch.randint(1400, (64,), generator=draw)
         optimizer.zero_grad(set_to_none=True)
         supernet_step(supernet, None, images[rows], labels[rows], plan, rules)

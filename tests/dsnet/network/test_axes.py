@@ -43,6 +43,16 @@ def test_a_smaller_kernel_is_the_centre_of_the_larger_one() -> None:
         axis.runs((4,))
 
 
+def test_a_slice_of_a_stream_has_a_width_of_its_own() -> None:
+    spec = spec_of(ChannelGroup("stream", 8), ChannelGroup("part", 6, kind="slice"))
+    axis = Axis.slice_of(0, 1, spec)
+    assert axis.max_size == 6
+    assert axis.runs((8, 3)) == [(0, 3)]
+    assert axis.narrowed((8, 4)).max_size == 4
+    assert axis.narrowed((8, 4)).within == (0,)
+    assert axis.writers(0) == (1,), "the stream has other channels too"
+
+
 def test_a_stream_has_the_union_of_its_writers_channels() -> None:
     spec = spec_of(
         ChannelGroup("a", 4, ids=(5, 0, 3, 1)), ChannelGroup("other", 9), ChannelGroup("b", 3, ids=(3, 7, 0))
