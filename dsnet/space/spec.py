@@ -343,6 +343,16 @@ class SupernetSpec:
         return self.gates[gate].num_prefix_groups if gate < len(self.gates) else len(self.groups)
 
     @property
+    def has_norms(self) -> bool:
+        """Whether the network has norms of the kind `norm`; a LayerNorm is none."""
+        return any(op.has_norm or op.kind == "norm" for op in self.ops)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the network has BatchNorm, which keeps statistics."""
+        return self.norm != "group_norm" and self.has_norms
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON form."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))

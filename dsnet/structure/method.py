@@ -328,20 +328,10 @@ def shortened(problem: StructureProblem, epochs: int | None = None) -> TrainSett
     return replace(train, epochs=epochs, warmup_epochs=min(1.0, share) * train.warmup_epochs)
 
 
-def has_norms(problem: StructureProblem) -> bool:
-    """Whether the network has any norms."""
-    return any(op.has_norm or op.kind == "norm" for op in problem.spec.ops)
-
-
-def has_batch_norm(problem: StructureProblem) -> bool:
-    """Whether the network has BatchNorm."""
-    return problem.spec.norm != "group_norm" and has_norms(problem)
-
-
 def is_sortable(problem: StructureProblem) -> bool:
     """Whether the channels can change their order without a change of what the network computes:
     GroupNorm normalises neighbouring channels together."""
-    return problem.spec.norm != "group_norm" or not has_norms(problem)
+    return problem.spec.norm != "group_norm" or not problem.spec.has_norms
 
 
 def check_order(problem: StructureProblem) -> None:
@@ -357,7 +347,7 @@ def check_order(problem: StructureProblem) -> None:
             f"supernet.structure.order is {wanted}, but this network has GroupNorm, which normalises neighbouring channels "
             "together, so that another order would compute something else: use order none, or another supernet.train.bn"
         )
-    if wanted == "bn_gamma" and not has_norms(problem):
+    if wanted == "bn_gamma" and not problem.spec.has_norms:
         raise ConfigError(
             "supernet.structure.order is bn_gamma, but this network has no BatchNorm: use weight_l1, taylor or noise"
         )

@@ -122,9 +122,9 @@ class SupernetFacts:
         return {"network": {"family": self.spec.family, "norm": self.spec.norm}, "origin": dict(self.run.origin)}
 
     def keeps_statistics(self) -> bool:
-        """Whether BatchNorm statistics are not estimated after training: the norm has none, or the
-        settings say so."""
-        return self.spec.norm == "group_norm" or self.run.recalibration_images == 0
+        """Whether BatchNorm statistics are not estimated after training: the network has none, or
+        the settings say so."""
+        return not self.spec.has_batch_norm or self.run.recalibration_images == 0
 
     def _regime(self) -> str:
         regime = self.run.regime
@@ -146,7 +146,7 @@ class SupernetFacts:
 
     def _statistics(self) -> str:
         if self.keeps_statistics():
-            return "none" if self.spec.norm == "group_norm" else "those of the start weights"
+            return "those of the start weights" if self.spec.has_batch_norm else "none"
         images = self.run.recalibration_images
         return f"estimated again on {'all' if images is None else images} training images"
 

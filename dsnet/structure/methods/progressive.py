@@ -35,7 +35,6 @@ from dsnet.structure.method import (
     Trainings,
     Widths,
     candidate,
-    has_batch_norm,
     is_sortable,
     missed,
     shortened,
@@ -83,7 +82,7 @@ class Progressive(StructureMethod):
     def check(self, problem: StructureProblem) -> None:
         """See `StructureMethod.check`."""
         check_way(problem, _options(problem))
-        if problem.settings.progressive.ranking == BN_GAMMA and not has_batch_norm(problem):
+        if problem.settings.progressive.ranking == BN_GAMMA and not problem.spec.has_batch_norm:
             raise ConfigError(
                 f"supernet.structure.progressive.ranking is {BN_GAMMA}, but this network has no BatchNorm: use noise, weight_l1 "
                 "or taylor"
