@@ -96,7 +96,8 @@ class SupernetFacts:
             init_from: `supernet.init_from` of the sweep.
         """
         run, train = self.run, self.run.train
-        lines = [("network", f"{self.spec.family} with {self.num_subnets} sub-networks, norm {self.spec.norm}")]
+        norm = f"norm {self.spec.norm}" if self.spec.has_norms else "no BatchNorm"
+        lines = [("network", f"{self.spec.family} with {self.num_subnets} sub-networks, {norm}")]
         if self.structure:
             lines.append(("sub-networks", self.structure))
         if train.epochs == 0:
