@@ -65,7 +65,7 @@ class TransformerBlock(nn.Module):
     ) -> Float[Tensor, "batch tokens channels"]:
         """Run the block on its part of the stream, [B, T, e] -> [B, T, e]."""
         layers = BlockLayers(*(partial(layer, widths=widths) for layer in self._layers()))
-        return run_block(x, layers, self.head_channels)
+        return run_block(x, layers, self_attention(layers.qkv(layers.norm1(x)), self.head_channels))
 
     def axes(self) -> Mapping[str, Axes]:
         """The axes of all tensors."""
@@ -87,11 +87,14 @@ class PlainBlock(nn.Module):
         super().__init__()
         self.norm1, self.qkv, self.proj, self.norm2, self.fc1, self.fc2 = layers
         self.head_channels = head_channels
+        self.is_fused = False
+        """Whether attention is one operation of torch, which counters of operations do not see."""
 
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
         """[B, T, e] -> [B, T, e]."""
         layers = BlockLayers(self.norm1, self.qkv, self.proj, self.norm2, self.fc1, self.fc2)
-        return run_block(x, layers, self.head_channels)
+        mix = fused_attention if self.is_fused else self_attention
+        return run_block(x, layers, mix(layers.qkv(layers.norm1(x)), self.head_channels))
 
 
 class TokenMap(Protocol):
@@ -114,10 +117,10 @@ class BlockLayers(NamedTuple):
 
 
 def run_block(
-    x: Float[Tensor, "batch tokens channels"], layers: BlockLayers, head_channels: int
+    x: Float[Tensor, "batch tokens channels"], layers: BlockLayers, mixed: Float[Tensor, "batch tokens heads"]
 ) -> Float[Tensor, "batch tokens channels"]:
-    """A block of a transformer of given layers."""
-    x = x + layers.proj(self_attention(layers.qkv(layers.norm1(x)), head_channels))
+    """A block of given layers behind its attention, whose result is `mixed`."""
+    x = x + layers.proj(mixed)
     return x + layers.fc2(F.gelu(layers.fc1(layers.norm2(x))))
 
 
@@ -133,10 +136,21 @@ def self_attention(
     Returns:
         [B, T, heads * head_channels].
     """
-    parts = qkv.unflatten(2, (3, -1, head_channels)).permute(2, 0, 3, 1, 4)
-    queries, keys, values = parts.unbind(0)  # each [B, heads, T, head_channels]
+    queries, keys, values = _by_head(qkv, head_channels)
     weights = torch.softmax((queries * head_channels**-0.5) @ keys.transpose(2, 3), 3)
     return (weights @ values).transpose(1, 2).flatten(2)
+
+
+def fused_attention(
+    qkv: Float[Tensor, "batch tokens threefold"], head_channels: int
+) -> Float[Tensor, "batch tokens channels"]:
+    """The same as `self_attention`, in one operation of torch."""
+    return F.scaled_dot_product_attention(*_by_head(qkv, head_channels)).transpose(1, 2).flatten(2)
+
+
+def _by_head(qkv: Tensor, head_channels: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, each [B, heads, T, head_channels]."""
+    return qkv.unflatten(2, (3, -1, head_channels)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def run_blocks(

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsnet.deploy.materialize import materialize
 from dsnet.families import Task, create, layout
 from dsnet.network.supernet import restrict
+from dsnet.network.tracing import FUSED
 from dsnet.space.cost import evidence_channels, gate_madds, pooling_madds, shared_params, subnet_cost
 from dsnet.space.spec import Subnet
 from tests.dsnet.cases import CASES, ONE_NORM_CASES, Case
@@ -47,7 +48,7 @@ class PooledElements(TorchDispatchMode):
 
 def counted_madds(call: Any) -> int:
     """MACs of convolutions and linear layers plus pooled elements of one call."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=FUSED)
     pooled = PooledElements()
     with counter, pooled, torch.no_grad():
         call()
