@@ -31,15 +31,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> str
     """Write a safetensors file atomically; returns its SHA-256.
 
     Raises:
-        CheckpointError: the file cannot be written; an older file stays unchanged.
+        StorageError: the file cannot be written; an older file stays unchanged.
     """
     with replacing(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"cannot write {path}: {error}; an earlier version of the file is unchanged"
-            ) from error
+        save_file(dict(tensors), temporary)
         return file_sha256(temporary)
 
 
