@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from dsnet.disk_room import MIB, free_bytes
 from dsnet.errors import DsnetError, StorageError
 
 Action = Literal["read", "write", "use"]
@@ -56,7 +57,7 @@ _IN_WORDS: Final = {
     **{os.strerror(code): code for code in _OF_THE_DISK},
 }
 """Texts by which other libraries report a fault of the disk without its errno."""
-_NUMBERED = re.compile(r"\((?:os )?error (\d+)\)|\[Errno (\d+)\]")
+_NUMBERED = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
 
 def storage_error(error: BaseException, path: Path | None = None, action: Action = "use") -> StorageError | None:
@@ -98,20 +99,6 @@ def disk_error(error: BaseException) -> StorageError | None:
     return storage_error(error)
 
 
-def free_bytes(path: Path) -> int | None:
-    """Bytes that this user may still write at a path, which need not exist; None if its file system
-    cannot be asked."""
-    for folder in (path, *path.absolute().parents):
-        try:
-            facts = os.statvfs(folder)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            return None
-        return facts.f_bavail * facts.f_frsize
-    return None
-
-
 def _error(code: int, path: Path | None, action: Action, told: str | None) -> StorageError:
     reason = told or os.strerror(code)
     fault = _OF_THE_DISK.get(code) or _OF_A_PATH.get(code)
@@ -119,7 +106,7 @@ def _error(code: int, path: Path | None, action: Action, told: str | None) -> St
     if fault is None:
         return StorageError(f"cannot {action} {where}: {reason}. Correct that, or use another folder.")
     free = free_bytes(path) if path is not None and code in (errno.ENOSPC, errno.EDQUOT) else None
-    room = "" if free is None else f", {free / 2**20:,.0f} MiB free"
+    room = "" if free is None else f", {free / MIB:,.0f} MiB free"
     way_out = fault.way_out[0].upper() + fault.way_out[1:]
     return StorageError(f"cannot {action} {where}: {fault.what} ({reason}{room}). {way_out}.")
 

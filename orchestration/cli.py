@@ -15,8 +15,9 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
-from dsnet.errors import DsnetError, StoppedError
+from dsnet.errors import DsnetError, StoppedError, StorageStoppedError
 from dsnet.import_path import ALLOW_IMPORTS
+from dsnet.storage_faults import storage_error
 from orchestration.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -133,14 +134,23 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        click.echo(
-            f"internal error: {type(error).__name__}: {error}\nThis is a bug in dsnet-orch. Set {DEBUG_VARIABLE}=1 to see the traceback.",
-            err=True,
-        )
-        sys.exit(EXIT_INTERNAL)
+        sys.exit(_other_error(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _other_error(error: Exception) -> int:
+    """Report an error that is not of ours; returns the exit code."""
+    fault = storage_error(error)
+    if fault is not None:
+        _fail(fault)
+        return fault.exit_code
+    if os.environ.get(DEBUG_VARIABLE):
+        raise error
+    click.echo(
+        f"internal error: {type(error).__name__}: {error}\nThis is a bug in dsnet-orch. Set {DEBUG_VARIABLE}=1 to see the traceback.",
+        err=True,
+    )
+    return EXIT_INTERNAL
 
 
 def _fail(error: DsnetError) -> None:
@@ -216,6 +226,10 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
 
     try:
         result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
+    except StorageStoppedError as stopped:
+        _fail(stopped)
+        click.echo(f"finished work is kept. When that is corrected, continue with:\n  {again or command}", err=True)
+        return stopped.exit_code
     except (StoppedError, KeyboardInterrupt):
         click.echo(f"stopped; finished work is kept. Continue with:\n  {again or command}", err=True)
         return requests[-1].exit_code if requests else EXIT_INTERRUPTED

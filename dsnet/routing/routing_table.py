@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dsnet.errors import CheckpointError
-from dsnet.files import parse_json, replacing
+from dsnet.files import parse_json, reading, replacing
 from dsnet.space.route_tree import RouteTree
 
 SCHEMA_VERSION = 2
@@ -218,7 +218,7 @@ class RoutingTable:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such routing table")
         try:
-            with safe_open(path, framework="numpy") as stored:
+            with reading(path), safe_open(path, framework="numpy") as stored:
                 meta = parse_json((stored.metadata() or {})["routing_table"], str(path))
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
             if meta["sha256"] != _digest(arrays):

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsnet.arithmetic import MKL_MODE, users_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK, child_variables
 from orchestration.environment import prepare_environment
+from orchestration.workers.ray_folder import (
+    check_ray_folder,
+    facts_for_message,
+    mark_sessions,
+    prune_sessions,
+    ray_folder,
+    token_variables,
+)
 
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
@@ -47,11 +55,13 @@ class RaySettings:
         num_cpus: CPUs of a local cluster; None = all that this process may use.
         object_store_mib: size of a local cluster's object store in MiB, >= 75. Ray's default is 30
             % of the memory.
+        start_timeout_s: seconds that starting or joining it may take, > 0.
     """
 
     address: str = LOCAL
     num_cpus: int | None = None
     object_store_mib: int = 200
+    start_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.object_store_mib < SMALLEST_OBJECT_STORE_MIB:
@@ -80,13 +90,60 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         yield
         return
     local = {name: os.environ.get(name, value) for name, value in _ON_THIS_MACHINE.items()}
-    with variables_set(local if settings.address == LOCAL else {}):
+    local |= token_variables()
+    with variables_set(local if settings.address == LOCAL else {}), _connected(settings):
         try:
-            with _keeping_signal_handlers():
-                _connect(settings)
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _connected(settings: RaySettings) -> Iterator[None]:
+    """Connect within the time limit, in a thread that lives as long as the block: Linux ends the
+    processes that a thread of Ray's driver has started when that thread ends.
+
+    Raises:
+        PreflightError: as `ray_session`, or the limit is over. The thread cannot be ended then; it,
+            and what it started, end with this process.
+    """
+    is_done, is_over = threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _connect(settings)
+        except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
+            failures.append(error)
+        is_done.set()
+        if not failures:
+            is_over.wait()
+
+    folder = ray_folder()
+    if settings.address == LOCAL:
+        prune_sessions(folder)
+        check_ray_folder(folder, settings.object_store_mib)
+    threading.Thread(target=work, name="ray-session", daemon=True).start()
+    try:
+        if not is_done.wait(settings.start_timeout_s):
+            raise PreflightError(_late(settings, folder))
+        if failures:
+            import ray
+
+            ray.shutdown()
+            raise failures[0]
+        yield
+    finally:
+        if settings.address == LOCAL:
+            mark_sessions(folder)
+        is_over.set()
+
+
+def _late(settings: RaySettings, folder: Path) -> str:
+    way_out = f"Raise ray.start_timeout_s (it is {settings.start_timeout_s:g}) if this machine is slow or busy."
+    if settings.address == LOCAL:
+        return f"Ray did not start within {settings.start_timeout_s:g} s. {way_out} Else {facts_for_message(folder)}"
+    return f"ray.address: the Ray cluster at '{settings.address}' did not answer within {settings.start_timeout_s:g} s. {way_out}"
 
 
 @contextmanager
@@ -102,20 +159,6 @@ def variables_set(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _keeping_signal_handlers() -> Iterator[None]:
-    """Restore the program's signal handlers after the block: with the handler that `ray.init` sets
-    for SIGTERM, a sweep would end at once instead of stopping at its next step."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        if handler is not None:  # one that was not set by Python cannot be set again
-            signal.signal(number, handler)
 
 
 def _connect(settings: RaySettings) -> None:
@@ -138,10 +181,13 @@ def _connect(settings: RaySettings) -> None:
         else:
             _check_reachable(settings.address)
             ray.init(address=settings.address, **_environment_of_workers(), **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises plain exceptions too
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         if settings.address == LOCAL:
-            raise PreflightError(f"Ray could not be started on this machine: {first_line}") from error
+            facts = facts_for_message(ray_folder())
+            raise PreflightError(
+                f"Ray could not be started on this machine: {first_line.rstrip('.')}; {facts}"
+            ) from error
         raise PreflightError(
             f"ray.address: no Ray cluster answers at '{settings.address}' ({first_line}); "
             "start one, or use address: local"
