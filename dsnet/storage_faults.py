@@ -60,7 +60,9 @@ _IN_WORDS: Final = {
 _NUMBERED = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
 
-def storage_error(error: BaseException, path: Path | None = None, action: Action = "use") -> StorageError | None:
+def storage_error(
+    error: BaseException, path: Path | None = None, action: Action = "use", *, near: Path | None = None
+) -> StorageError | None:
     """The fault of storage behind an error, as an error of ours; None if it has another cause.
 
     An error of ours has said its cause already, and is returned only if it is a StorageError. A
@@ -71,6 +73,7 @@ def storage_error(error: BaseException, path: Path | None = None, action: Action
         path: the file or folder that was used, if the caller knows it; any OSError then is one of
             storage.
         action: what was done with it.
+        near: a folder that the message names where no path is known.
     """
     found = tuple(_chain(error))
     ours = next((each for each in found if isinstance(each, DsnetError)), None)
@@ -80,11 +83,11 @@ def storage_error(error: BaseException, path: Path | None = None, action: Action
         if isinstance(each, OSError) and each.errno is not None:
             named = Path(os.fsdecode(each.filename)) if isinstance(each.filename, str | bytes) else None
             if each.errno in _OF_THE_DISK or (each.errno in _OF_A_PATH and (path or named)) or path:
-                return _error(each.errno, path or named, action, each.strerror)
+                return _error(each.errno, path or named, action, each.strerror, near)
     for each in (error, *found):
         code = _told_in_words(each)
         if code is not None:
-            return _error(code, path, action, None)
+            return _error(code, path, action, None, near)
     return None
 
 
@@ -99,13 +102,14 @@ def disk_error(error: BaseException) -> StorageError | None:
     return storage_error(error)
 
 
-def _error(code: int, path: Path | None, action: Action, told: str | None) -> StorageError:
+def _error(code: int, path: Path | None, action: Action, told: str | None, near: Path | None) -> StorageError:
     reason = told or os.strerror(code)
     fault = _OF_THE_DISK.get(code) or _OF_A_PATH.get(code)
-    where = "a file (its path is not known)" if path is None else str(path)
+    where = str(path) if path is not None else "a file" if near is None else f"a file, probably below {near}"
     if fault is None:
         return StorageError(f"cannot {action} {where}: {reason}. Correct that, or use another folder.")
-    free = free_bytes(path) if path is not None and code in (errno.ENOSPC, errno.EDQUOT) else None
+    place = path or near
+    free = free_bytes(place) if place is not None and code in (errno.ENOSPC, errno.EDQUOT) else None
     room = "" if free is None else f", {free / MIB:,.0f} MiB free"
     way_out = fault.way_out[0].upper() + fault.way_out[1:]
     return StorageError(f"cannot {action} {where}: {fault.what} ({reason}{room}). {way_out}.")

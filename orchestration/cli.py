@@ -15,7 +15,7 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
-from dsnet.errors import DsnetError, StoppedError, StorageStoppedError
+from dsnet.errors import DsnetError, StoppedError, StorageError, StorageStoppedError
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.storage_faults import storage_error
 from orchestration.serving.settings import ServeSettings
@@ -118,6 +118,7 @@ def main() -> None:
     fix_arithmetic()
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()  # a full disk behind a redirection is noticed here
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
@@ -131,16 +132,16 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of the pipe has ended; this is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(0)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
         sys.exit(_other_error(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _other_error(error: Exception) -> int:
     """Report an error that is not of ours; returns the exit code."""
-    fault = storage_error(error)
+    fault = _stdout_fault() or storage_error(error)
     if fault is not None:
         _fail(fault)
         return fault.exit_code
@@ -151,6 +152,21 @@ def _other_error(error: Exception) -> int:
         err=True,
     )
     return EXIT_INTERNAL
+
+
+def _stdout_fault() -> StorageError | None:
+    """The fault of storage that keeps stdout from being written; what it still holds is dropped
+    then, or Python would fail again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _drop_stdout()
+        return storage_error(error, Path("stdout"), "write")
+    return None
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: DsnetError) -> None:

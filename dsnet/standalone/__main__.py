@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return 130
     except Exception as error:
-        told = storage_error(error) or error
+        told = storage_error(error, near=options.out) or error
         if not isinstance(told, DsnetError):
             raise
         _say(f"error: {told}")

@@ -100,7 +100,7 @@ def one_end(run: RunDir, watch: StorageWatch) -> Iterator[None]:
             ) from error
         if watch.problem is not None:
             raise StorageStoppedError(watch.problem) from error
-        fault = storage_error(error)
+        fault = storage_error(error, near=run.path)
         if fault is None:
             raise
         if not os.path.exists(run.manifest_path):
