@@ -26,7 +26,7 @@ from orchestration.pipeline.export import Formats, export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.mending import mend_run, mend_search
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
-from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, one_end, ray_reserve, run_reserve
+from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, ray_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import supernet_stage
 from orchestration.pipeline.verify import verify_stage
@@ -107,8 +107,7 @@ def launch(
     run.create()
     with ExitStack() as stack:
         lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
-        watch = StorageWatch(run, run_reserve(config))
-        stack.enter_context(one_end(run, watch))
+        watch = stack.enter_context(watched(run, run_reserve(config)))
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         run.clear_stop()

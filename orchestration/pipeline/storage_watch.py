@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dsnet.disk_room import DiskReserve
 from dsnet.errors import PreflightError, StorageError, StorageStoppedError
+from dsnet.files import writing
 from dsnet.storage_faults import storage_error
 from orchestration.config.sweep import SweepConfig
 from orchestration.runs.folder import RunDir
@@ -44,20 +45,24 @@ def check_reserve(reserve: DiskReserve) -> None:
 
 class StorageWatch:
     """Looks at the storage of a running launch when it is asked, at most once a second; it is a
-    source of a `StopRequest`.
+    source of a `StopRequest`. Created by `watched`.
 
     Attributes:
         run: the run of the launch.
         problem: what was found, as sentences; None while all is well.
     """
 
-    def __init__(self, run: RunDir, reserve: DiskReserve, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, run: RunDir, reserve: DiskReserve, descriptor: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`descriptor` is the open run folder: while it is open, no other folder can have its
+        inode."""
         self.run = run
+        self.problem: str | None = None
         self._reserves = [reserve]
+        self._descriptor = descriptor
         self._clock = clock
         self._next_s = clock()
-        self._identity = _identity(run.path)
-        self.problem: str | None = None
 
     def add(self, reserve: DiskReserve) -> None:
         """Also look at another folder from now on."""
@@ -66,7 +71,12 @@ class StorageWatch:
     def is_gone(self) -> bool:
         """Whether the run folder was deleted or moved since the launch began, even if there is a
         new one in its place."""
-        return _identity(self.run.path) != self._identity
+        try:
+            return not os.path.samestat(self.run.path.stat(), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return True
+        except OSError:  # the disk fails: nothing is known about the folder
+            return False
 
     def __call__(self) -> bool:
         """Whether the launch should stop."""
@@ -80,38 +90,44 @@ class StorageWatch:
 
 
 @contextmanager
-def one_end(run: RunDir, watch: StorageWatch) -> Iterator[None]:
-    """Context manager around the work of a launch that gives every fault of storage one error.
+def watched(run: RunDir, reserve: DiskReserve) -> Iterator[StorageWatch]:
+    """Context manager around the work of a launch that watches its storage, and gives every fault
+    of it one error.
+
+    Args:
+        run: the run; its folder exists.
+        reserve: the reserve of its disk.
 
     Raises:
         StorageStoppedError: the disk is full, read-only or failing, or a reserve is used up;
             launching again continues.
         StorageError: the run folder is gone, or the launch had stored nothing yet.
     """
+    with writing(run.path):
+        descriptor = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+    watch = StorageWatch(run, reserve, descriptor)
     try:
-        yield
-    except StorageStoppedError:
-        raise
+        yield watch
     except Exception as error:
-        if watch.is_gone():
-            raise StorageError(
-                f"{run.path} was deleted or moved while the launch ran, and what it held cannot be continued there. Move it "
-                "back, or launch again, which begins anew."
-            ) from error
-        if watch.problem is not None:
-            raise StorageStoppedError(watch.problem) from error
-        fault = storage_error(error, near=run.path)
-        if fault is None:
+        told = _told(error, watch)
+        if told is error:
             raise
-        if not os.path.exists(run.manifest_path):
-            raise fault from error
-        raise StorageStoppedError(str(fault)) from error
+        raise told from error
+    finally:
+        os.close(descriptor)
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Device and inode of a folder; None if it is not there."""
-    try:
-        facts = folder.stat()
-    except FileNotFoundError:
-        return None
-    return facts.st_dev, facts.st_ino
+def _told(error: Exception, watch: StorageWatch) -> Exception:
+    """The error with which a launch ends."""
+    run = watch.run
+    if watch.is_gone():
+        return StorageError(
+            f"{run.path} was deleted or moved while the launch ran, and what it held cannot be continued there. Move it "
+            "back, or launch again, which begins anew."
+        )
+    if watch.problem is not None:
+        return StorageStoppedError(watch.problem)
+    fault = storage_error(error, near=run.path)
+    if fault is None:
+        return error
+    return StorageStoppedError(str(fault)) if os.path.exists(run.manifest_path) else fault

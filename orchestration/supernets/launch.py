@@ -52,7 +52,7 @@ from orchestration.pipeline.launch import (
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
-from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, one_end, run_reserve
+from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import done_sentence, supernet_outputs
 from orchestration.pipeline.verify import verify_stage
@@ -129,8 +129,7 @@ def launch_supernets(
     run.create()
     with ExitStack() as stack:
         lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
-        watch = StorageWatch(run, run_reserve(config))
-        stack.enter_context(one_end(run, watch))
+        watch = stack.enter_context(watched(run, run_reserve(config)))
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         for member in usable:  # so that no other driver launches a member alone
