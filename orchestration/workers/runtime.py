@@ -125,7 +125,10 @@ def _connected(settings: RaySettings) -> Iterator[None]:
         check_ray_folder(folder, settings.object_store_mib)
     threading.Thread(target=work, name="ray-session", daemon=True).start()
     try:
-        if not is_done.wait(settings.start_timeout_s):
+        is_in_time = is_done.wait(settings.start_timeout_s)
+        if settings.address == LOCAL:
+            mark_sessions(folder)
+        if not is_in_time:
             raise PreflightError(_late(settings, folder))
         if failures:
             import ray
@@ -134,8 +137,6 @@ def _connected(settings: RaySettings) -> Iterator[None]:
             raise failures[0]
         yield
     finally:
-        if settings.address == LOCAL:
-            mark_sessions(folder)
         is_over.set()
 
 
