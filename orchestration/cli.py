@@ -17,7 +17,7 @@ from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
 from dsnet.errors import DsnetError, StoppedError, StorageError, StorageStoppedError
 from dsnet.import_path import ALLOW_IMPORTS
-from dsnet.storage_faults import storage_error
+from dsnet.storage_faults import disk_error, storage_error
 from orchestration.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def main() -> None:
 
 def _other_error(error: Exception) -> int:
     """Report an error that is not of ours; returns the exit code."""
-    fault = _stdout_fault() or storage_error(error)
+    fault = _stdout_fault(error) or storage_error(error)
     if fault is not None:
         _fail(fault)
         return fault.exit_code
@@ -154,14 +154,17 @@ def _other_error(error: Exception) -> int:
     return EXIT_INTERNAL
 
 
-def _stdout_fault() -> StorageError | None:
-    """The fault of storage that keeps stdout from being written; what it still holds is dropped
-    then, or Python would fail again at its end."""
+def _stdout_fault(error: Exception) -> StorageError | None:
+    """The fault of storage for which stdout cannot be written, if that is the error; what stdout
+    still holds is dropped then, or Python would fail again at its end."""
+    if not isinstance(error, OSError) or error.filename is not None or disk_error(error) is None:
+        return None
     try:
-        sys.stdout.flush()
-    except OSError as error:
-        _drop_stdout()
-        return storage_error(error, Path("stdout"), "write")
+        os.write(sys.stdout.fileno(), b"\n")  # the error does not say which file it is about
+    except OSError as again:
+        if again.errno == error.errno:
+            _drop_stdout()
+            return storage_error(error, Path("/dev/stdout"), "write")
     return None
 
 

@@ -49,6 +49,8 @@ ray: {{trial_actors: 1}}
 SWEEP = "tiny.yaml"
 WITHOUT_MLFLOW = ("--set", "tracking.mlflow=false")
 PROGRAM = (sys.executable, "-c", "from dsnet_orch import main; main()")
+HOME = "home"
+"""Name of the home folder of the finished sweep, in its folder."""
 MARK = "DSNET_TEST_MARK"
 """Environment variable by which all processes of one command are found, whatever their present
 parent."""
@@ -102,12 +104,18 @@ class Command:
         *arguments: str | Path,
         program: Sequence[str] = PROGRAM,
         python_path: Sequence[Path] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [*program, *map(str, arguments)],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*python_path, REPOSITORY))), MARK: self.mark},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, (*python_path, REPOSITORY))),
+                **(variables or {}),
+                MARK: self.mark,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -282,10 +290,12 @@ class Finished:
 
 def run_tiny_sweep(folder: Path) -> Finished:
     """Launch the tiny sweep and wait for its end, in a folder whose modules have the names of ours
-    and of what we need."""
+    and of what we need, with an empty home folder."""
     write_sweep(folder)
+    home = folder / HOME
+    home.mkdir(exist_ok=True)
     write_hostile_modules(folder)
-    command = Command(folder, "launch", SWEEP, python_path=[folder])
+    command = Command(folder, "launch", SWEEP, python_path=[folder], variables={"HOME": str(home)})
     listeners = Listeners(command)
     try:
         answer = command.wait()

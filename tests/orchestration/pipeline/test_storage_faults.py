@@ -285,10 +285,8 @@ def test_a_stop_for_the_reserve_names_it_and_a_stop_by_a_person_does_not(tmp_pat
 @pytest.mark.parametrize("comes_back", [False, True])
 def test_a_run_folder_that_is_gone_is_noticed_even_if_another_took_its_place(tmp_path: Path, comes_back: bool) -> None:
     run = open_run(tmp_path)
-    with (
-        pytest.raises(StorageError, match=r"tiny was deleted or moved"),
-        watched(run, reserve_of(run)) as watch,
-    ):
+
+    def work(watch: StorageWatch) -> None:
         assert not watch.is_gone()
         shutil.rmtree(run.path)
         if comes_back:
@@ -297,6 +295,9 @@ def test_a_run_folder_that_is_gone_is_noticed_even_if_another_took_its_place(tmp
         watch._next_s = 0.0
         assert watch()
         raise CheckpointError("manifest.json is missing")
+
+    with pytest.raises(StorageError, match=r"tiny was deleted or moved"), watched(run, reserve_of(run)) as watch:
+        work(watch)
 
 
 def test_errors_of_another_kind_pass_unchanged(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from orchestration.workers.ray_folder import (
     token_variables,
 )
 from tests.mounts import fill, read_only, small_disk
-from tests.orchestration.samples import PROGRAM, Command, problems_of_message, write_sweep
+from tests.orchestration.samples import Command, problems_of_message, write_sweep
 
 WAY_OUT = "RAY_TMPDIR"
 
@@ -197,7 +197,7 @@ def test_only_the_sessions_of_this_process_are_marked(tmp_path: Path) -> None:
 def test_a_start_that_takes_too_long_ends_with_a_message_and_leaves_no_process(tmp_path: Path, short: Path) -> None:
     write_sweep(tmp_path)
     options = ("--set", "ray.start_timeout_s=0.01", "--set", "tracking.mlflow=false")
-    command = Command(tmp_path, "launch", "tiny.yaml", *options, program=("env", f"RAY_TMPDIR={short}", *PROGRAM))
+    command = Command(tmp_path, "launch", "tiny.yaml", *options, variables={"RAY_TMPDIR": str(short)})
     began = time.monotonic()
     try:
         answer = command.wait(60)
