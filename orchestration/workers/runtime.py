@@ -10,25 +10,18 @@ import logging
 import os
 import socket
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from dsnet.arithmetic import MKL_MODE, users_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK, child_variables
 from orchestration.environment import prepare_environment
-from orchestration.workers.ray_folder import (
-    check_ray_folder,
-    facts_for_message,
-    mark_sessions,
-    prune_sessions,
-    ray_folder,
-    token_variables,
-)
+from orchestration.workers.ray_folder import facts_for_message, ray_folder, token_variables
+from orchestration.workers.ray_start import started_in_time
 
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
@@ -91,60 +84,13 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         return
     local = {name: os.environ.get(name, value) for name, value in _ON_THIS_MACHINE.items()}
     local |= token_variables()
-    with variables_set(local if settings.address == LOCAL else {}), _connected(settings):
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _connected(settings: RaySettings) -> Iterator[None]:
-    """Connect within the time limit, in a thread that lives as long as the block: Linux ends the
-    processes that a thread of Ray's driver has started when that thread ends.
-
-    Raises:
-        PreflightError: as `ray_session`, or the limit is over. The thread cannot be ended then; it,
-            and what it started, end with this process.
-    """
-    is_done, is_over = threading.Event(), threading.Event()
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            _connect(settings)
-        except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
-            failures.append(error)
-        is_done.set()
-        if not failures:
-            is_over.wait()
-
-    folder = ray_folder()
-    if settings.address == LOCAL:
-        prune_sessions(folder)
-        check_ray_folder(folder, settings.object_store_mib)
-    threading.Thread(target=work, name="ray-session", daemon=True).start()
-    try:
-        is_in_time = is_done.wait(settings.start_timeout_s)
-        if settings.address == LOCAL:
-            mark_sessions(folder)
-        if not is_in_time:
-            raise PreflightError(_late(settings, folder))
-        if failures:
-            import ray
-
-            ray.shutdown()
-            raise failures[0]
-        yield
-    finally:
-        is_over.set()
-
-
-def _late(settings: RaySettings, folder: Path) -> str:
-    way_out = f"Raise ray.start_timeout_s (it is {settings.start_timeout_s:g}) if this machine is slow or busy."
-    if settings.address == LOCAL:
-        return f"Ray did not start within {settings.start_timeout_s:g} s. {way_out} Else {facts_for_message(folder)}"
-    return f"ray.address: the Ray cluster at '{settings.address}' did not answer within {settings.start_timeout_s:g} s. {way_out}"
+    with variables_set(local if settings.address == LOCAL else {}):
+        store_mib = settings.object_store_mib if settings.address == LOCAL else None
+        with started_in_time(partial(_connect, settings), settings.start_timeout_s, store_mib):
+            try:
+                yield
+            finally:
+                ray.shutdown()
 
 
 @contextmanager
