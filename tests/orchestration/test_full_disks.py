@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import PROGRAM, Command
 from dsnet.files import file_sha256
 from tests.hostile import REPOSITORY
 from tests.mounts import fill, resize, small_disk
 from tests.orchestration.launch_here import SMALL, launch_without_ray
 from tests.orchestration.samples import (
     HOME,
-    PROGRAM,
     SWEEP,
     WITHOUT_MLFLOW,
-    Command,
     Finished,
     call,
     problems_of_message,

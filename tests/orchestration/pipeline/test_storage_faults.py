@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks.processes import Answer
 from dsnet.disk_room import DiskReserve
 from dsnet.errors import CheckpointError, PreflightError, StoppedError, StorageError, StorageStoppedError
 from dsnet.files import file_sha256
@@ -22,7 +23,7 @@ from orchestration.runs.folder import RunDir
 from tests.full_disk import FullDisk
 from tests.mounts import read_only
 from tests.orchestration.launch_here import SMALL, launch_without_ray
-from tests.orchestration.samples import Answer, call, problems_of_message, results_in, study_of, write_sweep
+from tests.orchestration.samples import call, problems_of_message, results_in, study_of, write_sweep
 
 RESUMABLE = 6
 REFUSED = 3

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import Command
 from dsnet.errors import PreflightError
 from orchestration.runs.lock import LockHolder
 from orchestration.workers import ray_folder as module
@@ -28,7 +29,7 @@ from orchestration.workers.ray_folder import (
     token_variables,
 )
 from tests.mounts import fill, read_only, small_disk
-from tests.orchestration.samples import Command, problems_of_message, write_sweep
+from tests.orchestration.samples import problems_of_message, write_sweep
 
 WAY_OUT = "RAY_TMPDIR"
 
