@@ -80,6 +80,8 @@ def storage_error(
     if ours is not None:
         return ours if isinstance(ours, StorageError) else None
     for each in found:
+        if isinstance(each, FileNotFoundError) and each.filename is None and (told := _of_a_common_folder(each)):
+            return StorageError(told)
         if isinstance(each, OSError) and each.errno is not None:
             named = Path(os.fsdecode(each.filename)) if isinstance(each.filename, str | bytes) else None
             if each.errno in _OF_THE_DISK or (each.errno in _OF_A_PATH and (path or named)) or path:
@@ -113,6 +115,18 @@ def _error(code: int, path: Path | None, action: Action, told: str | None, near:
     room = "" if free is None else f", {free / MIB:,.0f} MiB free"
     way_out = fault.way_out[0].upper() + fault.way_out[1:]
     return StorageError(f"cannot {action} {where}: {fault.what} ({reason}{room}). {way_out}.")
+
+
+def _of_a_common_folder(error: FileNotFoundError) -> str | None:
+    """The message for an error about the folder of temporary files or the working directory, which
+    the system's error does not name; None if it is about neither."""
+    if "No usable temporary directory" in str(error):  # the text of Python's tempfile
+        return f"no temporary file can be written: {error.strerror}. Make room there, or set TMPDIR to a folder on another disk."
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the working directory was deleted. Change to a folder that exists, and use absolute paths."
+    return None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,25 @@ def test_the_errors_of_libraries_about_a_disk_are_recognised(tmp_path: Path) -> 
     assert "the disk is full" in str(disk_error(full))
     rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert "the disk is full" in str(disk_error(rust))
+
+
+def test_a_full_folder_of_temporary_files_and_a_deleted_working_directory_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    told = str(storage_error(caught(tempfile.mkdtemp)))
+    assert str(tmp_path / "missing") in told
+    assert "TMPDIR" in told
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    error = caught(Path("a").absolute)
+    told = str(storage_error(error))
+    monkeypatch.chdir(tmp_path)
+    assert "the working directory was deleted" in told
+    assert storage_error(error) is None  # there is one again: another cause
 
 
 def test_a_wrapped_fault_is_found_and_an_error_of_ours_keeps_its_own_words() -> None:
