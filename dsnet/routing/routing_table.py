@@ -196,17 +196,14 @@ class RoutingTable:
         """Write the table as one safetensors file, atomically.
 
         Raises:
-            CheckpointError: it cannot be written.
+            StorageError: it cannot be written.
         """
         arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays().items()}
         # A single entry, so that equal tables give equal files: safetensors writes several in no
         # fixed order.
         metadata = {"routing_table": json.dumps({**self.meta(), "sha256": _digest(arrays)})}
         with replacing(path) as temporary:
-            try:
-                save_file(arrays, temporary, metadata=metadata)
-            except SafetensorError as error:
-                raise CheckpointError(f"cannot write {path}: {error}") from error
+            save_file(arrays, temporary, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> RoutingTable:

@@ -24,6 +24,8 @@ from dsnet.disk_room import DiskReserve, free_bytes
 from dsnet.errors import CheckpointError, ConfigError, PreflightError, StorageError
 from dsnet.files import append_bytes, atomic_write_bytes, read_json, replacing, writing
 from dsnet.storage_faults import disk_error, storage_error
+from dsnet.stored.checkpoint import save_tensors
+from tests.dsnet.samples import random_table
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENODEV)
 PATH = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE)
@@ -184,6 +186,15 @@ def test_a_file_that_cannot_be_replaced_stays_and_nothing_else_is_left(tmp_path:
         save_file({"a": torch.zeros(100)}, temporary)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_and_tables_that_do_not_fit_on_the_disk_are_faults_of_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "final.safetensors"
+    table = random_table(6, 3, hidden=2)
+    for write in (lambda: save_tensors(path, {"a": torch.zeros(100)}), lambda: table.save(path)):
+        with largest_file(9), pytest.raises(StorageError, match=r"cannot write .*final\.safetensors"):
+            write()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_deleted_folder_is_not_made_again(tmp_path: Path) -> None:
