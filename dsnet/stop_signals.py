@@ -13,12 +13,16 @@ class StopRequest:
 
     def __init__(self, also: Callable[[], bool] = lambda: False) -> None:
         self.signal: signal.Signals | None = None
-        self._also = also
+        self._sources = [also]
+
+    def add(self, source: Callable[[], bool]) -> None:
+        """Ask another source too, from now on."""
+        self._sources.append(source)
 
     def __call__(self) -> bool:
         """Whether a signal has arrived or the other source (a stop file, a deadline) requests a
         stop."""
-        return self.signal is not None or self._also()
+        return self.signal is not None or any(source() for source in self._sources)
 
     @property
     def exit_code(self) -> int:

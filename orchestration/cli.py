@@ -15,8 +15,9 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
-from dsnet.errors import DsnetError, StoppedError
+from dsnet.errors import DsnetError, StoppedError, StorageError, StorageStoppedError
 from dsnet.import_path import ALLOW_IMPORTS
+from dsnet.storage_faults import disk_error, storage_error
 from orchestration.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def main() -> None:
     fix_arithmetic()
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()  # a full disk behind a redirection is noticed here
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
@@ -130,17 +132,44 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of the pipe has ended; this is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(0)
-    except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        click.echo(
-            f"internal error: {type(error).__name__}: {error}\nThis is a bug in dsnet-orch. Set {DEBUG_VARIABLE}=1 to see the traceback.",
-            err=True,
-        )
-        sys.exit(EXIT_INTERNAL)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
+        sys.exit(_other_error(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _other_error(error: Exception) -> int:
+    """Report an error that is not of ours; returns the exit code."""
+    fault = _stdout_fault(error) or storage_error(error)
+    if fault is not None:
+        _fail(fault)
+        return fault.exit_code
+    if os.environ.get(DEBUG_VARIABLE):
+        raise error
+    click.echo(
+        f"internal error: {type(error).__name__}: {error}\nThis is a bug in dsnet-orch. Set {DEBUG_VARIABLE}=1 to see the traceback.",
+        err=True,
+    )
+    return EXIT_INTERNAL
+
+
+def _stdout_fault(error: Exception) -> StorageError | None:
+    """The fault of storage for which stdout cannot be written, if that is the error; what stdout
+    still holds is dropped then, or Python would fail again at its end."""
+    if not isinstance(error, OSError) or error.filename is not None or disk_error(error) is None:
+        return None
+    try:
+        os.write(sys.stdout.fileno(), b"\n")  # the error does not say which file it is about
+    except OSError as again:
+        if again.errno == error.errno:
+            _drop_stdout()
+            return storage_error(error, Path("/dev/stdout"), "write")
+    return None
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: DsnetError) -> None:
@@ -216,6 +245,10 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
 
     try:
         result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
+    except StorageStoppedError as stopped:
+        _fail(stopped)
+        click.echo(f"finished work is kept. When that is corrected, continue with:\n  {again or command}", err=True)
+        return stopped.exit_code
     except (StoppedError, KeyboardInterrupt):
         click.echo(f"stopped; finished work is kept. Continue with:\n  {again or command}", err=True)
         return requests[-1].exit_code if requests else EXIT_INTERRUPTED

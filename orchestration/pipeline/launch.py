@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from dsnet.data.splits import SPLIT_NAMES
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
 from dsnet.stop_signals import StopRequest
+from dsnet.storage_faults import storage_error
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
@@ -25,6 +26,7 @@ from orchestration.pipeline.export import Formats, export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.mending import mend_run, mend_search
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
+from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, ray_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import supernet_stage
 from orchestration.pipeline.verify import verify_stage
@@ -54,7 +56,8 @@ from orchestration.tracking.rows import (
     write_overview,
     write_subnets,
 )
-from orchestration.workers.runtime import RaySettings, ray_session
+from orchestration.workers.ray_folder import ray_folder
+from orchestration.workers.runtime import LOCAL, RaySettings, ray_session
 from search.front.points import save_points
 
 TRACKING_TIMEOUT_S = 30.0
@@ -86,7 +89,7 @@ def launch(
         take_over: take the lock of another host.
 
     Raises:
-        StoppedError: stopped early; launching again continues.
+        StoppedError: stopped early, also by its storage; launching again continues.
         VerificationError, NothingFeasibleError, TooManyFailedTrialsError, LockedError,
         PreflightError, ...: see dsnet.errors.
     """
@@ -100,18 +103,22 @@ def launch(
         progress.warn(warning)
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a path that cannot be part of a database URI, before anything is written
+    check_reserve(run_reserve(config))
     run.create()
-    with DriverLock(run, command, take_over=take_over) as lock:
+    with ExitStack() as stack:
+        lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
+        watch = stack.enter_context(watched(run, run_reserve(config)))
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         run.clear_stop()
-        with stop(run) as request:
-            manifest = write_facts(prepared, run, progress.warn)
-            tracker = make_tracker(config, run, progress.warn)
-            results = RunResults(run, config)
-            work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request)
-            with closing_tracker(run, tracker, progress, lambda: sweep_end_ms(manifest.read())):
-                return _run_stages(work)
+        request = stack.enter_context(stop(run))
+        request.add(watch)
+        manifest = write_facts(prepared, run, progress.warn)
+        tracker = make_tracker(config, run, progress.warn)
+        results = RunResults(run, config)
+        work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request, watch)
+        stack.enter_context(closing_tracker(run, tracker, progress, lambda: sweep_end_ms(manifest.read())))
+        return _run_stages(work)
 
 
 def write_facts(prepared: Prepared, run: RunDir, warn: Callable[[str], None]) -> Manifest:
@@ -182,6 +189,9 @@ def closing_tracker(
     except (StoppedError, KeyboardInterrupt):
         status = "KILLED"
         raise
+    except Exception as error:
+        status = "FAILED" if storage_error(error) is None else "KILLED"  # the next launch continues
+        raise
     finally:
         summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
         if summary.num_unsent:
@@ -201,7 +211,7 @@ def _run_stages(work: Launch) -> LaunchResult:
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     supersede_others(work, plans)
     needs_ray = not plans["supernet"].is_done or needs_workers(run, plans["search"], config)
-    with ray_where_needed(needs_ray, config, work.prepared, work.progress):
+    with ray_where_needed(needs_ray, config, work.prepared, work.progress, work.storage):
         if prepared.structure is not None:
             work = structure_stage(work, plans["structure"])
             refuse_impossible_layout(config, work.prepared.subnets, prepared.image_size)
@@ -249,7 +259,7 @@ def stage_plans(work: Launch) -> dict[str, StagePlan]:
 
 @contextmanager
 def ray_where_needed(
-    is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView
+    is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView, storage: StorageWatch
 ) -> Iterator[None]:
     """A Ray session for the length of the block if a stage needs it."""
     if not is_needed:
@@ -262,7 +272,12 @@ def ray_where_needed(
         address=config.ray.address,
         num_cpus=config.ray.num_cpus,
         object_store_mib=max(config.ray.object_store_mib, needed_mib),
+        start_timeout_s=config.ray.start_timeout_s,
     )
+    if settings.address == LOCAL:
+        reserve = ray_reserve(config, ray_folder())
+        check_reserve(reserve)
+        storage.add(reserve)
     with ray_session(settings):
         yield
 

@@ -18,7 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.errors import CheckpointError, ConfigError, DsnetError, NotFoundError, NothingFeasibleError, StoppedError
+from dsnet.errors import (
+    CheckpointError,
+    ConfigError,
+    DsnetError,
+    NotFoundError,
+    NothingFeasibleError,
+    StoppedError,
+    StorageError,
+)
 from dsnet.files import read_sealed, write_sealed
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
@@ -44,6 +52,7 @@ from orchestration.pipeline.launch import (
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
+from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import done_sentence, supernet_outputs
 from orchestration.pipeline.verify import verify_stage
@@ -116,9 +125,11 @@ def launch_supernets(
         raise NothingFeasibleError(f"none of {plural(len(members), 'supernet')} has valid settings:\n{reasons}")
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
+    check_reserve(run_reserve(config))
     run.create()
     with ExitStack() as stack:
         lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
+        watch = stack.enter_context(watched(run, run_reserve(config)))
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         for member in usable:  # so that no other driver launches a member alone
@@ -127,8 +138,9 @@ def launch_supernets(
             member.run.clear_stop()
         run.clear_stop()
         request = stack.enter_context(stop(run))
+        request.add(watch)
         progress = FiledProgress(progress, run.progress_json)
-        sweep = _SupernetsLaunch.begin(config, run, images, members, progress, request, stack)
+        sweep = _SupernetsLaunch.begin(config, watch, images, members, progress, request, stack)
         return sweep.run_all()
 
 
@@ -255,6 +267,7 @@ class _SupernetsLaunch:
     tracker: Tracker
     progress: ProgressView
     stop: StopRequest
+    storage: StorageWatch
     records: _MemberRecords
     study: SupernetStudy
 
@@ -262,7 +275,7 @@ class _SupernetsLaunch:
     def begin(
         cls,
         config: SweepConfig,
-        run: RunDir,
+        watch: StorageWatch,
         images: Images,
         members: tuple[Member, ...],
         progress: ProgressView,
@@ -270,6 +283,7 @@ class _SupernetsLaunch:
         stack: ExitStack,
     ) -> _SupernetsLaunch:
         """Write the run's own files and open the outputs of the launch; `stack` closes them."""
+        run = watch.run
         usable = {member.name: _in_one_experiment(member, config) for member in members if member.prepared is not None}
         first = next(iter(usable.values())).prepared
         assert first is not None
@@ -299,13 +313,14 @@ class _SupernetsLaunch:
                 trackers.make(own_progress.warn),
                 own_progress,
                 request,
+                watch,
                 on_record=_shown_in(study, name),
             )
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
             work.tracker.datasets(data_rows(own.read()))
             stack.enter_context(closing_tracker(member.run, work.tracker, own_progress, _end_of(own)))
             launches[name] = work
-        return cls(config, results, usable, launches, manifest, tracker, progress, request, records, study)
+        return cls(config, results, usable, launches, manifest, tracker, progress, request, watch, records, study)
 
     @property
     def run(self) -> RunDir:
@@ -319,7 +334,7 @@ class _SupernetsLaunch:
         self._supersede_others(plans)
         is_idle = self._is_idle(plans)
         first = _prepared(next(iter(self.members.values())))
-        with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress):
+        with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress, self.storage):
             for name in list(self.members):
                 self._choose_subnets(name, plans[name])
             trained = self._train(plans)
@@ -359,7 +374,7 @@ class _SupernetsLaunch:
             self._take_from_another(name, plans["structure"])
             chosen = structure_stage(work, stage_plans(work)["structure"])
             refuse_impossible_layout(chosen.config, chosen.prepared.subnets, chosen.prepared.image_size)
-        except StoppedError:
+        except (StoppedError, StorageError):
             raise
         except DsnetError as error:
             work.progress.warn(str(error))

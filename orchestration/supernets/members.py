@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dashboards.supernet_names import with_settings
-from dsnet.errors import CheckpointError, ConfigError, DsnetError
+from dsnet.errors import CheckpointError, ConfigError, DsnetError, StorageError
 from dsnet.files import read_sealed, understood, write_sealed
 from orchestration.config.distribution import Distribution
 from orchestration.config.resolve import gate_space, supernet_space
@@ -172,7 +172,7 @@ def _member(
         prepared = prepare(member_config(config, run, settings), None, warn, images)
         key = supernet_record(prepared).key
         refuse_impossible_layout(prepared.config, prepared.subnets, prepared.image_size)
-    except CheckpointError:
+    except (CheckpointError, StorageError):
         raise  # broken files are not a fault of the settings
     except DsnetError as error:
         return Member("", key, settings, None, str(error))

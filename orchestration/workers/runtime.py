@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dsnet.arithmetic import MKL_MODE, users_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK, child_variables
 from orchestration.environment import prepare_environment
+from orchestration.workers.ray_folder import facts_for_message, ray_folder, token_variables
+from orchestration.workers.ray_start import started_in_time
 
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
@@ -47,11 +48,13 @@ class RaySettings:
         num_cpus: CPUs of a local cluster; None = all that this process may use.
         object_store_mib: size of a local cluster's object store in MiB, >= 75. Ray's default is 30
             % of the memory.
+        start_timeout_s: seconds that starting or joining it may take, > 0.
     """
 
     address: str = LOCAL
     num_cpus: int | None = None
     object_store_mib: int = 200
+    start_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.object_store_mib < SMALLEST_OBJECT_STORE_MIB:
@@ -80,13 +83,14 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         yield
         return
     local = {name: os.environ.get(name, value) for name, value in _ON_THIS_MACHINE.items()}
+    local |= token_variables()
     with variables_set(local if settings.address == LOCAL else {}):
-        try:
-            with _keeping_signal_handlers():
-                _connect(settings)
-            yield
-        finally:
-            ray.shutdown()
+        store_mib = settings.object_store_mib if settings.address == LOCAL else None
+        with started_in_time(partial(_connect, settings), settings.start_timeout_s, store_mib):
+            try:
+                yield
+            finally:
+                ray.shutdown()
 
 
 @contextmanager
@@ -102,20 +106,6 @@ def variables_set(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _keeping_signal_handlers() -> Iterator[None]:
-    """Restore the program's signal handlers after the block: with the handler that `ray.init` sets
-    for SIGTERM, a sweep would end at once instead of stopping at its next step."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        if handler is not None:  # one that was not set by Python cannot be set again
-            signal.signal(number, handler)
 
 
 def _connect(settings: RaySettings) -> None:
@@ -138,10 +128,13 @@ def _connect(settings: RaySettings) -> None:
         else:
             _check_reachable(settings.address)
             ray.init(address=settings.address, **_environment_of_workers(), **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises plain exceptions too
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         if settings.address == LOCAL:
-            raise PreflightError(f"Ray could not be started on this machine: {first_line}") from error
+            facts = facts_for_message(ray_folder())
+            raise PreflightError(
+                f"Ray could not be started on this machine: {first_line.rstrip('.')}; {facts}"
+            ) from error
         raise PreflightError(
             f"ray.address: no Ray cluster answers at '{settings.address}' ({first_line}); "
             "start one, or use address: local"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import DsnetError
+from dsnet.storage_faults import storage_error
 from dsnet.structure.method import Candidate, Score, Widths
 from orchestration.workers.runtime import cluster_cpus
 from orchestration.workers.supernet import root_cause
@@ -102,6 +103,8 @@ class _Actors:
         try:
             yield from pool.map(lambda actor, each: actor.score.remote(each), widths)
         except RayTaskError as error:
+            if (fault := storage_error(error)) is not None:
+                raise fault from error
             cause = error.cause
             if isinstance(cause, DsnetError):
                 raise cause from error

@@ -16,10 +16,11 @@ from dsnet import errors
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.settings import Augmentation
 from dsnet.data.training_images import InMemoryImages, TrainingImages
-from dsnet.errors import DsnetError, PreflightError, StoppedError
+from dsnet.errors import DsnetError, PreflightError, StoppedError, StorageError
 from dsnet.files import atomic_write_json, read_object
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.storage_faults import storage_error
 from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.wording import plural
@@ -78,7 +79,7 @@ def train_on_ray(
     Raises:
         StoppedError: it was stopped; the checkpoints stay, and the next launch continues.
         PreflightError: the cluster has too few CPUs or GPUs for the workers.
-        NonFiniteLossError, CheckpointError: as the training loop.
+        NonFiniteLossError, CheckpointError, StorageError: as the training loop.
         DsnetError: the workers failed for another reason.
     """
     import ray
@@ -105,6 +106,9 @@ def train_on_ray(
     if should_stop():
         raise StoppedError("training was stopped; its checkpoints are kept")
     if failures:
+        fault = storage_error(failures[0])
+        if fault is not None:
+            raise fault from failures[0]
         workers = "worker" if job.workers == 1 else "workers"
         raise DsnetError(f"the training {workers} failed: {root_cause(failures[0])}") from failures[0]
     return job.folder / FINAL
@@ -170,7 +174,7 @@ def _fit_alone(config: dict[str, Any], failures: list[BaseException], is_abandon
         try:
             ray.get(task.remote(config))
         except Exception as error:  # noqa: BLE001 - reported by the main thread, whatever it is
-            if attempt == WORKER_RETRIES or is_abandoned.is_set():
+            if attempt == WORKER_RETRIES or is_abandoned.is_set() or storage_error(error) is not None:
                 failures.append(error)
                 return
         else:
@@ -251,6 +255,8 @@ def _train_loop(config: Mapping[str, Any]) -> None:
             workers=workers,
             callbacks=TrainingCallbacks(should_stop=job.stop_file.exists),
         )
+    except StorageError:
+        raise  # where it could be recorded, nothing can be written
     except DsnetError as error:
         record = {"error": type(error).__name__, "message": str(error), "rank": workers.rank}
         atomic_write_json(outcome, record)

@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import PreflightError
+from dsnet.storage_faults import disk_error
 from search.study.runner import CohortFunction, TrialOutcome, TrialSpec, describe_error, divide, run_batch
 
 if TYPE_CHECKING:  # they import torch, which not every trial function needs
+    from ray.exceptions import RayError
+
     from orchestration.workers.self_check import StartCheck
     from search.gate_check import Finding
 
@@ -168,6 +171,8 @@ class RayRunner:
 
         Raises:
             PreflightError: the cluster has no room for the actors, or they fail to start.
+            StorageError: a disk is full, read-only or failing; the trials that it ended have no
+                outcome.
             Exception: the exception that `make_function` raised in a worker.
         """
         num_places, lanes = self._open()
@@ -306,19 +311,13 @@ class RayRunner:
     def _finish(self, ref: Any, waiting: deque[_Batch]) -> list[TrialOutcome]:
         """Handle a job that ended, well or not; the result is empty if that decides no trial."""
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import RayError
 
         job = self._jobs.pop(ref)
         try:
             result = ray.get(ref)
-        except RayTaskError as error:  # raised by Python code in a worker that keeps running
-            if job.batch is None:
-                ray.kill(job.actor)
-                raise error.cause from error
-            self._idle.append(job.actor)
-            return self._fail(job, job.batch, describe_error(error.cause), waiting)
         except RayError as error:
-            return self._replace_lost(job, error, waiting)
+            return self._handle_error(job, error, waiting)
         self._idle.append(job.actor)
         if job.batch is None:
             self._lanes, finding = result
@@ -330,6 +329,21 @@ class RayRunner:
             return []
         outcomes: list[TrialOutcome] = result
         return outcomes
+
+    def _handle_error(self, job: _Job, error: RayError, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """Handle a job that raised an exception, or lost its worker."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        if (fault := disk_error(error)) is not None:  # also of Ray's folder and its object store
+            raise fault from error
+        if not isinstance(error, RayTaskError):
+            return self._replace_lost(job, error, waiting)
+        if job.batch is None:  # raised by Python code in a worker that keeps running
+            ray.kill(job.actor)
+            raise error.cause from error
+        self._idle.append(job.actor)
+        return self._fail(job, job.batch, describe_error(error.cause), waiting)
 
     def _fail(self, job: _Job, batch: _Batch, reason: str, waiting: deque[_Batch]) -> list[TrialOutcome]:
         """Handle a call without outcomes: a trial that ran alone has failed; the trials of a batch

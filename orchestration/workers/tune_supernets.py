@@ -32,7 +32,7 @@ from torch import Tensor
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import TrainingImages
-from dsnet.errors import ConfigError, DsnetError, NonFiniteLossError, PreflightError, StoppedError
+from dsnet.errors import ConfigError, DsnetError, NonFiniteLossError, PreflightError, StoppedError, StorageError
 from dsnet.files import atomic_write_json, read_stored
 from dsnet.measure.evaluate import EVALUATION_BATCH
 from dsnet.network.batchnorm import recalibrate
@@ -40,6 +40,7 @@ from dsnet.network.precision import exact_float32
 from dsnet.network.prefix_tree import each_logits
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
+from dsnet.storage_faults import storage_error
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL, TrainingCallbacks, recalibration_batches, train_supernet
 from dsnet.training.supernet_run import SupernetRun
@@ -220,6 +221,7 @@ def train_members(
         PreflightError: the cluster has too few CPUs or GPUs.
         ConfigError: the scheduler cannot be made, or several workers were asked for.
         CheckpointError: the ledger cannot be read or written.
+        StorageError: a disk is full, read-only or failing, or a folder is gone.
         DsnetError: Tune itself failed.
     """
     import ray
@@ -282,6 +284,7 @@ class _TuneRun:
         self._stop_files = {member.job.stop_file for member in pending}
         self._tune_folder = ledger.path.parent / "tune"
         self._asked_to_stop = threading.Event()
+        self._fault: StorageError | None = None
         self.fates: dict[str, MemberFate] = {}
 
     def run(self, images: Mapping[str, Any]) -> None:
@@ -310,10 +313,10 @@ class _TuneRun:
         missing = [name for name in self._pending if name not in self.fates]
         if missing and self._is_stopping():
             raise StoppedError("training of the supernets was stopped; checkpoints and reports are kept")
+        if self._fault is not None:
+            raise self._fault
         if failures:
-            if isinstance(failures[0], DsnetError):
-                raise failures[0]
-            raise DsnetError(f"Ray Tune failed: {root_cause(failures[0])}") from failures[0]
+            raise _tune_error(failures[0]) from failures[0]
         if missing:
             raise DsnetError(f"Ray Tune ended without a result for {', '.join(missing)}; launch again")
 
@@ -363,7 +366,7 @@ class _TuneRun:
                 search_alg=FixedList(scheduler),
                 scheduler=scheduler,
                 stop=WhenIdle(scheduler),
-                callbacks=[LossWatch(scheduler, _describe_failure)],
+                callbacks=[LossWatch(scheduler, self._describe_failure)],
                 resources_per_trial={"cpu": threads, "gpu": 1 if is_on_gpu else 0},
                 storage_path=str(self._tune_folder.absolute()),
                 max_failures=WORKER_RETRIES,
@@ -374,6 +377,13 @@ class _TuneRun:
             )
         except Exception as error:  # noqa: BLE001 - reported by the caller's thread, whatever it is
             failures.append(error)
+
+    def _describe_failure(self, trial: Any) -> str:
+        error = trial.get_pickled_error() or trial.get_error()
+        if error is not None and self._fault is None:
+            self._fault = storage_error(error)
+        why = f": {root_cause(error)}" if error is not None else ""
+        return f"its worker failed {WORKER_RETRIES + 1} times{why}"
 
     def _follow(self, thread: threading.Thread) -> None:
         asked_at: float | None = None
@@ -404,10 +414,11 @@ class _TuneRun:
                 self._callbacks.on_fate(self.fates[name])
 
 
-def _describe_failure(trial: Any) -> str:
-    error = trial.get_pickled_error() or trial.get_error()
-    why = f": {root_cause(error)}" if error is not None else ""
-    return f"its worker failed {WORKER_RETRIES + 1} times{why}"
+def _tune_error(failure: BaseException) -> DsnetError:
+    """The failure of Ray Tune itself as an error of ours."""
+    if (fault := storage_error(failure)) is not None:
+        return fault
+    return failure if isinstance(failure, DsnetError) else DsnetError(f"Ray Tune failed: {root_cause(failure)}")
 
 
 def _outcome_of(job: SupernetJob) -> Outcome | None:
@@ -442,7 +453,9 @@ def _train_member(
         # Read anew by every attempt: values reported before this worker started are not repeated.
         told = dict(Ledger(ledger_path).reports(keys[name]))
         _train_and_report(job, images, told, report_every)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other members continue
+    except Exception as error:  # whatever it is, the other members continue
+        if (fault := storage_error(error)) is not None:
+            raise fault from error  # nothing could be recorded, and the other members meet it too
         message = str(error) if isinstance(error, DsnetError) else root_cause(error)
         record = {"error": type(error).__name__, "message": message, "is_lasting": isinstance(error, _LASTING)}
         atomic_write_json(job.folder / OUTCOME, record)

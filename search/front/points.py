@@ -11,7 +11,6 @@ parameters. Accuracies are fractions, `*_m` are in millions, and latencies in mi
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from dsnet.errors import DataError
+from dsnet.files import replacing
 from dsnet.metrics import added_metrics
 
 if TYPE_CHECKING:
@@ -269,19 +269,13 @@ def save_points(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
         ValueError: a row does not follow the schema; nothing is written.
+        StorageError: it cannot be written; an older file stays unchanged.
     """
     validate_points(rows)
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     table = _arrow_table(rows).replace_schema_metadata({_SCHEMA_KEY: _SCHEMA_VERSION})
-    try:
-        with partial.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(target) as temporary:
+        pq.write_table(table, temporary)
 
 
 def load_points(path: str | Path) -> list[PointRow]:

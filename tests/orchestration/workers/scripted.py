@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -45,6 +46,9 @@ class ScriptedTrials:
 
     def _raise(self, spec: TrialSpec, attempt: int) -> Any:
         raise ValueError("no route is right")
+
+    def _fill(self, spec: TrialSpec, attempt: int) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/spilled")
 
     def _nan(self, spec: TrialSpec, attempt: int) -> Any:
         return {"top1": float("nan"), "madds_m": 1.0}, {}

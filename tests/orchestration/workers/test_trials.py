@@ -20,7 +20,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
-from dsnet.errors import ConfigError, PreflightError
+from dsnet.errors import ConfigError, PreflightError, StorageError
 from dsnet.import_path import WORKER_HOOK
 from orchestration.environment import prepare_environment
 from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers
@@ -304,6 +304,13 @@ def test_an_endless_trial_times_out_alone(cohort_runner: RayRunner, folder: Path
         "a batch of three has the time of three trials, then the trial its own"
     )
     assert num_attempts(folder, 1) == 2
+
+
+def test_a_full_disk_of_a_worker_ends_the_search_and_no_trial_has_failed_by_it(runner: RayRunner, folder: Path) -> None:
+    outcomes = []
+    with pytest.raises(StorageError, match="cannot use /spilled: the disk is full"):
+        outcomes.extend(runner.run(specs("fill", "work")))
+    assert [outcome.state for outcome in outcomes if outcome.state != "complete"] == []
 
 
 def test_an_exception_out_of_a_batch_fails_the_trial_that_raises_alone(cohort_runner: RayRunner, folder: Path) -> None:
