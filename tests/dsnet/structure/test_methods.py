@@ -552,8 +552,8 @@ def test_a_scorer_that_gives_too_little_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["ds_tiny", NET])
-def test_from_a_base_to_the_joint_training(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "order"), [("ds_tiny", "bn_gamma"), (NET, "bn_gamma"), ("ds_vit", "weight_l1")])
+def test_from_a_base_to_the_joint_training(family: str, order: str, tmp_path: Path) -> None:
     """The whole stage in one process: hold-out, base, order, search, and the start weights of the
     set."""
     problem = problem_of(
@@ -563,7 +563,7 @@ def test_from_a_base_to_the_joint_training(family: str, tmp_path: Path) -> None:
         targets=(0.4, 0.7),
         levels=3,
         pin="gate",
-        order="bn_gamma",
+        order=order,
         holdout=0.25,
     )
     pixels, labels = random_pixels(64), random_labels(64)
