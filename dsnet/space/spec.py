@@ -42,6 +42,7 @@ OpKind = Literal[
     "mixing",
 ]
 GroupKind = Literal["channels", "kernel", "heads", "depth", "slice"]
+GROUP_KINDS: tuple[str, ...] = get_args(GroupKind)
 Pair = tuple[int, int]
 """Height and width."""
 
@@ -259,6 +260,10 @@ class SupernetSpec:
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; known: {', '.join(NORMS)}")
         for group in self.groups:
+            if group.kind not in GROUP_KINDS:
+                raise ValueError(
+                    f"channel group {group.name!r} is of kind {group.kind!r}; known: {', '.join(GROUP_KINDS)}"
+                )
             if group.ids and (len(group.ids) != group.max_width or len(set(group.ids)) < len(group.ids)):
                 raise ValueError(
                     f"channel group {group.name!r} has {group.max_width} channels, but its ids are {len(group.ids)} numbers, of which "

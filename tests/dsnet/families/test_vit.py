@@ -269,6 +269,9 @@ def test_the_kinds_of_the_groups_and_what_json_leaves_out() -> None:
         ValueError, match=r"width 20 of channel group 'blocks.0.embed' must be one of 24; the nearest is 24"
     ):
         subnet_at(spec, (24, 20, *spec.max_widths[2:]))
+    stored["groups"][1]["kind"] = "lungs"
+    with pytest.raises(CheckpointError, match="is of kind 'lungs'; known: channels, kernel, heads, depth, slice"):
+        SupernetSpec.from_json(stored)
     with pytest.raises(ValueError, match=r"has the choices \[3, 2\], but they must rise and end with 3"):
         replace(spec, groups=(replace(spec.groups[2], choices=(3, 2)),))
 
