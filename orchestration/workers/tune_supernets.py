@@ -22,7 +22,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ from dsnet.training.supernet import FINAL, TrainingCallbacks, recalibration_batc
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail
+from orchestration.workers.cluster_watch import check_cluster
+from orchestration.workers.life import Pulse
 from orchestration.workers.runtime import variables_set
 from orchestration.workers.supernet import (
     POLL_S,
@@ -56,6 +58,7 @@ from orchestration.workers.supernet import (
     root_cause,
     send_images,
 )
+from orchestration.workers.training_watch import StallRules, TrainingWatch
 from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules, known_fates
 from search.front.pareto import DEFAULT_OBJECTIVES, REFERENCE_MARGIN, hypervolume
 
@@ -182,6 +185,8 @@ class SweepCallbacks:
     """Called with a member's outcome as soon as its training has ended in this call."""
     should_stop: Callable[[], bool] = lambda: False
     """Called several times a second; True stops all training at the next step."""
+    stalls: StallRules = field(default_factory=StallRules)
+    """How silent workers are noticed, and told by the name of their member."""
 
 
 def train_members(
@@ -217,6 +222,7 @@ def train_members(
 
     Raises:
         StoppedError: it was stopped; the next call continues.
+        ClusterLostError: the cluster was lost.
         PreflightError: the cluster has too few CPUs or GPUs.
         ConfigError: the scheduler cannot be made, or several workers were asked for.
         CheckpointError: the ledger cannot be read or written.
@@ -282,6 +288,7 @@ class _TuneRun:
         self._stop_files = {member.job.stop_file for member in pending}
         self._tune_folder = ledger.path.parent / "tune"
         self._asked_to_stop = threading.Event()
+        self._pulses = {member.name: Pulse.new(callbacks.stalls.beat_s) for member in pending}
         self.fates: dict[str, MemberFate] = {}
 
     def run(self, images: Mapping[str, Any]) -> None:
@@ -299,11 +306,13 @@ class _TuneRun:
         failures: list[BaseException] = []
         # Not in the main thread: there Tune would replace our handler of Ctrl-C by its own.
         thread = threading.Thread(target=self._tune, args=(scheduler, images, failures), name="ray-tune", daemon=True)
+        watch = TrainingWatch(self._pulses, self._callbacks.stalls)
         with variables_set(_ENVIRONMENT):
             thread.start()
             try:
-                self._follow(thread)
+                self._follow(thread, lambda: watch.look(scheduler.is_running))
             finally:
+                watch.close()
                 self._pass_on()
                 if not thread.is_alive():
                     shutil.rmtree(self._tune_folder, ignore_errors=True)
@@ -311,10 +320,12 @@ class _TuneRun:
         if missing and self._is_stopping():
             raise StoppedError("training of the supernets was stopped; checkpoints and reports are kept")
         if failures:
+            check_cluster()
             if isinstance(failures[0], DsnetError):
                 raise failures[0]
             raise DsnetError(f"Ray Tune failed: {root_cause(failures[0])}") from failures[0]
         if missing:
+            check_cluster()
             raise DsnetError(f"Ray Tune ended without a result for {', '.join(missing)}; launch again")
 
     def _scheduler(self) -> Any:
@@ -357,6 +368,7 @@ class _TuneRun:
                     images=dict(images),
                     ledger_path=self._ledger.path,
                     report_every=self._rules.report_every,
+                    pulses=self._pulses,
                 ),
                 name="supernets",
                 config={MEMBER: tune.grid_search([member.name for member in self._members])},
@@ -375,11 +387,14 @@ class _TuneRun:
         except Exception as error:  # noqa: BLE001 - reported by the caller's thread, whatever it is
             failures.append(error)
 
-    def _follow(self, thread: threading.Thread) -> None:
+    def _follow(self, thread: threading.Thread, look: Callable[[], None]) -> None:
         asked_at: float | None = None
         while thread.is_alive():
             thread.join(POLL_S)
             self._pass_on()
+            if not self._is_stopping():
+                check_cluster()
+                look()
             if asked_at is None and self._callbacks.should_stop():
                 self._asked_to_stop.set()
                 for path in self._stop_files:
@@ -429,6 +444,7 @@ def _train_member(
     images: Mapping[str, Any],
     ledger_path: Path,
     report_every: int,
+    pulses: Mapping[str, Pulse],
 ) -> None:
     """The function of a trial: trains one supernet, from its checkpoint if it has one. Errors are
     recorded, not raised, because Tune would start it again."""
@@ -441,7 +457,8 @@ def _train_member(
     try:
         # Read anew by every attempt: values reported before this worker started are not repeated.
         told = dict(Ledger(ledger_path).reports(keys[name]))
-        _train_and_report(job, images, told, report_every)
+        with pulses[name].beating():
+            _train_and_report(job, images, told, report_every)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other members continue
         message = str(error) if isinstance(error, DsnetError) else root_cause(error)
         record = {"error": type(error).__name__, "message": message, "is_lasting": isinstance(error, _LASTING)}
