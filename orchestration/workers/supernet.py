@@ -273,7 +273,7 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     torch.set_num_threads(job.threads)
     workers = SingleWorker() if job.workers == 1 else DistributedWorkers()
     try:
-        with pulse.of_rank(workers.rank).beating():
+        with pulse.of_rank(workers.rank).beating(at_once=True):
             train_supernet(
                 first_supernet(job),
                 receive_images(config, job.run.augmentation),
