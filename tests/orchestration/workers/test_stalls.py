@@ -204,14 +204,18 @@ def job_in(sweep: Sweep, folder: Path, workers: int) -> SupernetJob:
     return replace(sweep.members[0].job, folder=folder, stop_file=folder.with_suffix(".stop"), workers=workers)
 
 
+def augmented(sweep: Sweep) -> InMemoryImages:
+    """The training split as workers augment it."""
+    assert isinstance(sweep.train, InMemoryImages)
+    return InMemoryImages(sweep.train.images, sweep.train.labels, sweep.run.augmentation)
+
+
 @pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_stopped_training_worker_is_told_and_replaced(ray_cluster: None, tmp_path: Path, workers: int) -> None:
     sweep, told = Sweep(tmp_path, {"first": 0.1}), list[str]()
-    job = job_in(sweep, tmp_path / "stalled", workers)
-    assert isinstance(sweep.train, InMemoryImages)
-    images = InMemoryImages(sweep.train.images, sweep.train.labels, job.run.augmentation)
+    job, images = job_in(sweep, tmp_path / "stalled", workers), augmented(sweep)
     train_on_ray(
         job_in(sweep, tmp_path / "straight", workers), images, on_points=lambda points: None, should_stop=lambda: False
     )
@@ -231,7 +235,7 @@ def test_a_stopped_worker_of_a_sweep_of_supernets_is_told_and_replaced(ray_clust
     rules = TuneRules(scheduler="none", concurrent=2)
     straight, sweep, told = Sweep(tmp_path / "straight"), Sweep(tmp_path / "stalled"), list[str]()
     wanted = straight.launch(rules)
-    sweep.train = stops = Stops(sweep.train, tmp_path / "stops")
+    sweep.train = stops = Stops(augmented(sweep), tmp_path / "stops")
     stalls = StallRules(StallLimits(tell_s=3.0, least_s=6.0), told.append, beat_s=0.5)
     assert sweep.launch(rules, stalls=stalls) == wanted
     assert stops.deaths == 1
