@@ -137,21 +137,17 @@ def test_a_sweep_that_loses_ray_in_training_and_in_search_ends_like_one_that_doe
 @pytest.mark.timeout(900)
 def test_a_lost_controller_of_ray_train_ends_with_6_and_the_next_launch_trains_on(tmp_path: Path) -> None:
     few = ("--set", "supernet.workers=2", "--set", "ray.num_cpus=2", "--set", "budget.trials=4")
-    hashes = []
-    for name in ("straight", "lost"):
-        folder = tmp_path / name
+    straight, lost = tmp_path / "straight", tmp_path / "lost"
+    for folder in (straight, lost):
         write_sweep(folder)
-        run = folder / "runs" / "tiny"
-        if name == "lost":
-            moment: Callable[[], bool] = lambda run=run: any(run.glob("supernet/*/epoch-00002.json"))  # type: ignore[misc]
-            answer = lose(folder, "ray::TrainController", moment, *few)
-            assert answer.code == 6, answer.err
-            assert_one_message(answer, "error: Ray was lost: the controller of Ray Train has ended")
-        command = Command(folder, "launch", SWEEP, *few, *WITHOUT_MLFLOW)
-        answer = command.wait()
+    answer = lose(lost, "ray::TrainController", lambda: any(lost.glob("runs/tiny/supernet/*/epoch-00002.json")), *few)
+    assert answer.code == 6, answer.err
+    assert_one_message(answer, "error: Ray was lost: the controller of Ray Train has ended")
+    for folder in (straight, lost):
+        answer = Command(folder, "launch", SWEEP, *few, *WITHOUT_MLFLOW).wait()
         assert answer.code == 0, answer.err
-        hashes.append(supernet_sha256(results_in(folder)))
-    assert hashes[0] == hashes[1]
+    assert supernet_sha256(results_in(lost)) == supernet_sha256(results_in(straight))
+    assert study_of(results_in(lost)) == study_of(results_in(straight))
 
 
 def stop(command: Command, number: signal.Signals) -> tuple[Answer, float]:
