@@ -13,6 +13,8 @@ import pytest
 
 from dsnet.files import file_sha256
 from orchestration.results.run import RunResults
+from orchestration.runs.folder import RunDir
+from orchestration.supernets.results import SupernetSweepResults, results_at
 from tests.orchestration.pipeline.test_resume import num_trials
 from tests.orchestration.pipeline.test_structure import sweep_text
 from tests.orchestration.samples import (
@@ -26,6 +28,7 @@ from tests.orchestration.samples import (
     study_of,
     write_sweep,
 )
+from tests.orchestration.supernets.test_supernet_sweep import SUPERNETS
 
 pytestmark = pytest.mark.ray
 SOON_S = 10.0
@@ -150,6 +153,27 @@ def test_a_lost_controller_of_ray_train_ends_with_6_and_the_next_launch_trains_o
     assert study_of(results_in(lost)) == study_of(results_in(straight))
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_sweep_of_supernets_that_loses_its_raylet_ends_with_6_and_goes_on(tmp_path: Path) -> None:
+    straight, lost = tmp_path / "straight", tmp_path / "lost"
+    for folder in (straight, lost):
+        write_sweep(folder, SUPERNETS)
+    members = lost / "runs" / "nets" / "supernets"
+    for moment in ("*/supernet/*/epoch-00001.json", "*/search/*/gates/slot-00000.safetensors"):
+        answer = lose(lost, RAYLET, lambda moment=moment: any(members.glob(moment)))  # type: ignore[misc]
+        assert answer.code == 6, answer.err
+        assert_one_message(answer, "error: Ray was lost: its raylet (process ")
+    fronts = []
+    for folder in (straight, lost):
+        answer = Command(folder, "launch", SWEEP, *WITHOUT_MLFLOW).wait()
+        assert answer.code == 0, answer.err
+        results = results_at(RunDir(folder / "runs", "nets"))
+        assert isinstance(results, SupernetSweepResults)
+        fronts.append((results.front_gates, {name: study_of(own) for name, own in results.supernets.items()}))
+    assert fronts[0] == fronts[1]
+
+
 def stop(command: Command, number: signal.Signals) -> tuple[Answer, float]:
     """Send a signal as a terminal does; returns the answer and the seconds until the end."""
     began_s = time.monotonic()
@@ -204,6 +228,8 @@ MOMENTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "verify": (TINY, ("--set", "measure.repeats=300"), "verify/*/stage.json"),
     "export": (TINY, ("--set", "export.formats=[bundle,onnx]"), "verify/*/done"),
     "structure": (sweep_text(), (), "structure/*/trace.jsonl"),
+    "training of supernets": (SUPERNETS, (), "supernets/*/supernet/*/epoch-00001.json"),
+    "search for supernets": (SUPERNETS, (), "supernets/*/search/*/study.journal"),
 }
 """Sweep, options, and the file whose appearance is the moment of the stop, by the stage in which it
 falls."""
@@ -215,10 +241,9 @@ falls."""
 def test_ctrl_c_ends_every_stage_with_130_soon(tmp_path: Path, stage: str) -> None:
     text, further, moment = MOMENTS[stage]
     write_sweep(tmp_path, text)
-    run = tmp_path / "runs" / "tiny"
     command = Command(tmp_path, "launch", SWEEP, *further)
     try:
-        command.wait_for(lambda: any(run.glob(moment)))
+        command.wait_for(lambda: any((tmp_path / "runs").glob(f"[nt]*/{moment}")))
         time.sleep(0.5)
         answer, seconds = stop(command, signal.SIGINT)
         assert answer.code == 130, answer.err
