@@ -168,6 +168,11 @@ def test_a_stop_request_and_a_loss_have_their_time() -> None:
     assert not deadline.is_over(is_stopping=True, is_lost=True)
     now[0] += 1
     assert deadline.is_over(is_stopping=True, is_lost=True)
+    past = Deadline(lambda: now[0])
+    assert not past.is_over(is_stopping=False, is_lost=True)
+    now[0] += LOST_S
+    assert not past.is_over(is_stopping=False, is_lost=False), "it is needed no more"
+    assert not past.is_over(is_stopping=False, is_lost=True)
     stopping = Deadline(lambda: now[0])
     assert not stopping.is_over(is_stopping=True, is_lost=False)
     now[0] += STOP_S
