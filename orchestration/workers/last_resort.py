@@ -17,7 +17,7 @@ from dsnet.stop_signals import StopRequest
 from orchestration.workers.cluster_watch import ClusterWatch, current_watch
 from orchestration.workers.runtime import shutdown_hangs
 
-STOP_S = 8.0
+STOP_S = 7.0
 """Seconds between a stop request and the end of the process."""
 LOST_S = 20.0
 """Seconds between the loss of the cluster and the end of the process; Ray would end it, without a

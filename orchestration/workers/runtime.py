@@ -27,7 +27,7 @@ from orchestration.workers.cluster_watch import ClusterWatch, watching
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
 SHUTDOWN_THREAD = "ray-shutdown"
-SHUTDOWN_S = 4.0
+SHUTDOWN_S = 2.5
 """Seconds that Ray may take to end its processes before they are killed."""
 _ON_THIS_MACHINE = {
     # Seconds between Ray Train's checks for ended workers; the default, 2, is for large clusters.

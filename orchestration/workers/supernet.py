@@ -29,7 +29,7 @@ from orchestration.workers.life import Pulse
 from orchestration.workers.training_watch import StallRules, TrainingWatch
 
 POLL_S = 0.3
-STOP_GRACE_S = 5.0
+STOP_GRACE_S = 4.0
 """Seconds that training may take to reach its next step boundary after it was asked to stop."""
 WORKER_RETRIES = 2
 """Number of times that lost workers are replaced; training then continues from the newest

@@ -133,3 +133,9 @@ def die_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
     """Ends the worker that builds it."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")
+
+
+def hang_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
+    """Builds for longer than any test waits."""
+    time.sleep(600)
+    raise AssertionError("unreachable")
