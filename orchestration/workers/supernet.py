@@ -266,12 +266,12 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     from dsnet.training.workers import DistributedWorkers, SingleWorker
 
     job: SupernetJob = config["job"]
-    pulse: Pulse = config["pulse"]
     outcome = job.folder / "outcome.json"
     if outcome.exists():
         return  # an earlier attempt of this launch failed with an error that would occur again
     torch.set_num_threads(job.threads)
     workers = SingleWorker() if job.workers == 1 else DistributedWorkers()
+    pulse: Pulse = config["pulse"]
     try:
         with pulse.of_rank(workers.rank).beating(at_once=True):
             train_supernet(

@@ -543,7 +543,7 @@ def test_training_workers_choose_mkls_mode_before_they_do_anything(
     job: Any = SimpleNamespace(folder=tmp_path)
     for train in (
         lambda: _train_loop({"job": job}),
-        lambda: _train_member({"member": "m"}, {"m": job}, {}, {}, tmp_path, 1),
+        lambda: _train_member({"member": "m"}, {"m": job}, {}, {}, tmp_path, 1, {}),
     ):
         monkeypatch.delenv(MKL_MODE, raising=False)
         train()
