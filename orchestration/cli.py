@@ -201,7 +201,7 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
     from orchestration.pipeline.launch import check_failures
     from orchestration.progress import TerminalProgress
     from orchestration.supernets.launch import launch_sweep
-    from orchestration.workers.last_resort import ended_in_time
+    from orchestration.workers.last_resort import end_if_left_open, ended_in_time
 
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
@@ -216,7 +216,7 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
         try:
             result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
         except (StoppedError, KeyboardInterrupt) as error:
-            return ending.tell(error)
+            return end_if_left_open(ending.tell(error))
     sweep_of(result.results).show_launch(result.bundles)
     check_failures(result.results)
     return 0

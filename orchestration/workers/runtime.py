@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,10 @@ from orchestration.workers.cluster_watch import ClusterWatch, watching
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
 SHUTDOWN_THREAD = "ray-shutdown"
+SIDE_THREAD = "ray-side-"
+"""Beginning of the names of the threads that call Ray beside the main thread."""
+SIDE_THREAD_S = 1.0
+"""Seconds that such a thread may take to end after its work was given up."""
 SHUTDOWN_S = 2.5
 """Seconds that Ray may take to end its processes before they are killed."""
 _ON_THIS_MACHINE = {
@@ -185,10 +189,20 @@ def _print_nothing() -> None:
 
 
 def _shut_down(mark: str | None) -> None:
-    """Disconnect from Ray, and end all processes of a cluster that was started here. Ray's own call
-    hangs if its GCS or raylet does; it then goes on in its thread."""
+    """Disconnect from Ray, and end all processes of a cluster that was started here.
+
+    Ray's own call hangs if its GCS or raylet does; it then goes on in its thread. While a side
+    thread uses Ray it is not called at all: Ray would end this process, from C++, with exit code 1.
+    """
     import ray
 
+    if _side_threads():
+        if mark is not None:
+            kill_marked(mark)
+        for side in _side_threads():
+            side.join(SIDE_THREAD_S)
+        if _side_threads():
+            return
     thread = threading.Thread(target=ray.shutdown, name=SHUTDOWN_THREAD, daemon=True)
     thread.start()
     thread.join(SHUTDOWN_S)
@@ -197,9 +211,20 @@ def _shut_down(mark: str | None) -> None:
         thread.join(SHUTDOWN_S)
 
 
-def shutdown_hangs() -> bool:
-    """Whether Ray's shutdown has not returned; an orderly end of this process would wait for it."""
-    return any(thread.name == SHUTDOWN_THREAD for thread in threading.enumerate())
+def side_thread(target: Callable[[], None], name: str) -> threading.Thread:
+    """A thread, not started yet, for a call of Ray that lasts as long as the work; it does not run
+    in the main thread, where Ray would replace our handler of Ctrl-C."""
+    return threading.Thread(target=target, name=f"{SIDE_THREAD}{name}", daemon=True)
+
+
+def _side_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(SIDE_THREAD)]
+
+
+def is_left_open() -> bool:
+    """Whether Ray could not be shut down, because a call of it hangs; the process must then end
+    without the interpreter's own end, which would wait for it."""
+    return bool(_side_threads()) or any(thread.name == SHUTDOWN_THREAD for thread in threading.enumerate())
 
 
 def cluster_cpus() -> int:

@@ -26,6 +26,7 @@ from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.cluster_watch import check_cluster, lost_sentence
 from orchestration.workers.life import Pulse
+from orchestration.workers.runtime import side_thread
 from orchestration.workers.training_watch import StallRules, TrainingWatch
 
 POLL_S = 0.3
@@ -99,7 +100,7 @@ def train_on_ray(
     failures: list[BaseException] = []
     is_abandoned = threading.Event()
     fit = partial(_fit_alone, is_abandoned=is_abandoned) if job.workers == 1 else _fit_group
-    thread = threading.Thread(target=fit, args=(config, failures), name="ray-train", daemon=True)
+    thread = side_thread(partial(fit, config, failures), "train")
     tail = CurveTail(job.folder / "curves.jsonl")
     watch = TrainingWatch(
         {

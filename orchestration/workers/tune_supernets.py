@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.cluster_watch import check_cluster
 from orchestration.workers.life import Pulse
-from orchestration.workers.runtime import variables_set
+from orchestration.workers.runtime import side_thread, variables_set
 from orchestration.workers.supernet import (
     POLL_S,
     STOP_GRACE_S,
@@ -305,7 +306,7 @@ class _TuneRun:
         self._tune_folder.mkdir(parents=True)
         failures: list[BaseException] = []
         # Not in the main thread: there Tune would replace our handler of Ctrl-C by its own.
-        thread = threading.Thread(target=self._tune, args=(scheduler, images, failures), name="ray-tune", daemon=True)
+        thread = side_thread(partial(self._tune, scheduler, images, failures), "tune")
         watch = TrainingWatch(self._pulses, self._callbacks.stalls)
         with variables_set(_ENVIRONMENT):
             thread.start()

@@ -132,7 +132,7 @@ def test_a_worker_that_is_lost_after_the_launch_has_ended_is_not_started_again(
     data = DiesLater(swept.sweep.train, tmp_path / "deaths", times=9)
     with pytest.raises(StoppedError):
         train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: data.deaths == 1)
-    (training,) = (thread for thread in threading.enumerate() if thread.name == "ray-train")
+    (training,) = (thread for thread in threading.enumerate() if thread.name == "ray-side-train")
     job.stop_file.unlink()
     (tmp_path / "may-die").touch()
     training.join(30.0)
