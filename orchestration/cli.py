@@ -202,6 +202,7 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
     from orchestration.progress import TerminalProgress
     from orchestration.supernets.launch import launch_sweep
     from orchestration.workers.last_resort import end_if_left_open, ended_in_time
+    from orchestration.workers.runtime import is_left_open
 
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
@@ -217,6 +218,11 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
             result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
         except (StoppedError, KeyboardInterrupt) as error:
             return end_if_left_open(ending.tell(error))
+        except DsnetError as error:
+            if is_left_open():
+                _fail(error)
+                end_if_left_open(error.exit_code)
+            raise
     sweep_of(result.results).show_launch(result.bundles)
     check_failures(result.results)
     return 0
