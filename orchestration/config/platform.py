@@ -33,6 +33,10 @@ class StorageConfig(Section):
 
     runs: Text = "runs"
     """Folder that holds one folder per run; `~` and $VARIABLES are expanded."""
+    artifacts: Text | None = None
+    """URL of a folder for the checkpoints of training, which this machine and all nodes of the
+    cluster can read and write, e.g. s3://bucket/folder (see docs/cluster.md); null = the run
+    folder."""
 
 
 class TrackingConfig(Section):

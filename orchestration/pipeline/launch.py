@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import Formats, export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.mending import mend_run, mend_search
+from orchestration.pipeline.placement import refuse_what_cannot_fit
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import supernet_stage
@@ -54,7 +55,9 @@ from orchestration.tracking.rows import (
     write_overview,
     write_subnets,
 )
-from orchestration.workers.runtime import RaySettings, ray_session
+from orchestration.workers.node_check import check_nodes
+from orchestration.workers.nodes import cluster_nodes, nodes_in_words
+from orchestration.workers.runtime import LOCAL, RaySettings, ray_session
 from search.front.points import save_points
 
 TRACKING_TIMEOUT_S = 30.0
@@ -200,8 +203,9 @@ def _run_stages(work: Launch) -> LaunchResult:
     prepared = work.prepared
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     supersede_others(work, plans)
-    needs_ray = not plans["supernet"].is_done or needs_workers(run, plans["search"], config)
-    with ray_where_needed(needs_ray, config, work.prepared, work.progress):
+    on_ray: list[str] = [name for name in ("structure", "supernet") if name in plans and not plans[name].is_done]
+    on_ray += ["search"] if needs_workers(run, plans["search"], config) else []
+    with ray_where_needed(on_ray, config, work.prepared, work.progress):
         if prepared.structure is not None:
             work = structure_stage(work, plans["structure"])
             refuse_impossible_layout(config, work.prepared.subnets, prepared.image_size)
@@ -249,10 +253,26 @@ def stage_plans(work: Launch) -> dict[str, StagePlan]:
 
 @contextmanager
 def ray_where_needed(
-    is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView
+    stages: Collection[str],
+    config: SweepConfig,
+    prepared: Prepared,
+    progress: ProgressView,
+    *,
+    at_a_time: int | None = None,
 ) -> Iterator[None]:
-    """A Ray session for the length of the block if a stage needs it."""
-    if not is_needed:
+    """A Ray session for the length of the block, whose cluster can place everything that runs.
+
+    Args:
+        stages: names of the stages that need Ray; without any there is no session.
+        config: configuration of the sweep.
+        prepared: its training split decides the size of a local object store.
+        progress: says that Ray starts, and what a cluster has that was joined.
+        at_a_time: see `refuse_what_cannot_fit`.
+
+    Raises:
+        PreflightError: Ray does not start, a node differs, or something fits on no node.
+    """
+    if not stages:
         yield
         return
     num_bytes = 0 if config.data.stream else prepared.data.images("train").numel()
@@ -264,6 +284,10 @@ def ray_where_needed(
         object_store_mib=max(config.ray.object_store_mib, needed_mib),
     )
     with ray_session(settings):
+        if settings.address != LOCAL:
+            check_nodes()
+            progress.say(f"the Ray cluster has {nodes_in_words(cluster_nodes(), {'CPU': 1.0, 'GPU': 1.0})}")
+        refuse_what_cannot_fit(config, stages, at_a_time)
         yield
 
 

@@ -165,10 +165,3 @@ def _check_reachable(address: str, timeout_s: float = 5.0) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
-
-
-def cluster_cpus() -> int:
-    """Number of CPUs of the connected cluster."""
-    import ray
-
-    return int(ray.cluster_resources().get("CPU", 1))
