@@ -21,6 +21,7 @@ from dsnet.arithmetic import MKL_MODE, users_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK, child_variables
 from orchestration.environment import prepare_environment
+from orchestration.workers.joining import why_not_joined
 
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
@@ -121,6 +122,7 @@ def _keeping_signal_handlers() -> Iterator[None]:
 def _connect(settings: RaySettings) -> None:
     import ray
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
+    from ray.exceptions import RayError
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
@@ -138,14 +140,11 @@ def _connect(settings: RaySettings) -> None:
         else:
             _check_reachable(settings.address)
             ray.init(address=settings.address, **_environment_of_workers(), **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+        if settings.address != LOCAL:
+            raise PreflightError(why_not_joined(settings.address, error)) from error
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-        if settings.address == LOCAL:
-            raise PreflightError(f"Ray could not be started on this machine: {first_line}") from error
-        raise PreflightError(
-            f"ray.address: no Ray cluster answers at '{settings.address}' ({first_line}); "
-            "start one, or use address: local"
-        ) from error
+        raise PreflightError(f"Ray could not be started on this machine: {first_line}") from error
 
 
 def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
