@@ -53,6 +53,11 @@ class StoppedError(DsnetError):
     exit_code = 6
 
 
+class ClusterLostError(StoppedError):
+    """A part of Ray without which no work can go on has ended or hangs; launching again starts it
+    anew and continues."""
+
+
 class VerificationError(DsnetError):
     """The results of the real network differ from the claimed ones."""
 

@@ -379,6 +379,8 @@ def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport)
         actors=trial_actors(config),
         limits=TrialLimits(timeout_s=resolve_timeout_s(config), retries=config.trial.retries),
         check=StartCheck(look, report.hear),
+        should_stop=work.stop,
+        tell=lambda text: work.progress.warn(f"search: {text}"),
     )
 
 

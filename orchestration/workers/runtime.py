@@ -21,10 +21,15 @@ from dsnet.arithmetic import MKL_MODE, users_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK, child_variables
 from orchestration.environment import prepare_environment
+from orchestration.workers.cluster_processes import MARK, kill_marked, new_mark
+from orchestration.workers.cluster_watch import watch_of_session, watching
 from orchestration.workers.joining import why_not_joined
 
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
+SHUTDOWN_THREAD = "ray-shutdown"
+SHUTDOWN_S = 4.0
+"""Seconds that Ray may take to end its processes before they are killed."""
 _ON_THIS_MACHINE = {
     # Seconds between Ray Train's checks for ended workers; the default, 2, is for large clusters.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
@@ -71,6 +76,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 
     Raises:
         PreflightError: no cluster could be started, or none answers at the address.
+        ClusterLostError: the block raised an error after the cluster was lost; see `check_cluster`.
     """
     if "ray" in sys.modules and "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ:
         raise RuntimeError("ray was imported before prepare_environment(): its listeners would be open to the network")
@@ -82,12 +88,15 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         return
     local = {name: os.environ.get(name, value) for name, value in _ON_THIS_MACHINE.items()}
     with variables_set(local if settings.address == LOCAL else {}):
+        mark = new_mark() if settings.address == LOCAL else None
         try:
-            with _keeping_signal_handlers():
+            with _keeping_signal_handlers(), variables_set({} if mark is None else {MARK: mark}):
                 _connect(settings)
-            yield
+            _print_nothing()
+            with watching(watch_of_session(settings.address, mark)):
+                yield
         finally:
-            ray.shutdown()
+            _shut_down(mark)
 
 
 @contextmanager
@@ -164,3 +173,28 @@ def _check_reachable(address: str, timeout_s: float = 5.0) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+
+
+def _print_nothing() -> None:
+    """Keep Ray from printing on stdout, which is for data, that its raylet has ended; we say so."""
+    from ray._private import worker
+
+    worker._worker_logs_enabled = False
+
+
+def _shut_down(mark: str | None) -> None:
+    """Disconnect from Ray, and end all processes of a cluster that was started here. Ray's own call
+    hangs if its GCS or raylet does; it then goes on in its thread."""
+    import ray
+
+    thread = threading.Thread(target=ray.shutdown, name=SHUTDOWN_THREAD, daemon=True)
+    thread.start()
+    thread.join(SHUTDOWN_S)
+    if mark is not None:
+        kill_marked(mark)
+        thread.join(SHUTDOWN_S)
+
+
+def shutdown_hangs() -> bool:
+    """Whether Ray's shutdown has not returned; an orderly end of this process would wait for it."""
+    return any(thread.name == SHUTDOWN_THREAD for thread in threading.enumerate())

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsnet.arithmetic import fix_arithmetic
-from dsnet.errors import DsnetError, PreflightError
+from dsnet.errors import DsnetError, PreflightError, StoppedError
 from dsnet.structure.method import Candidate, Score, Widths
+from orchestration.workers.cluster_watch import LONGEST_WAIT_S, check_cluster
+from orchestration.workers.life import Listener, Pulse
 from orchestration.workers.nodes import PLACE_TIMEOUT_S, Need, cluster_nodes, no_place, refuse_without_room, room
 from orchestration.workers.sent_network import SentNetwork, network_arrays
+from orchestration.workers.stalls import Stalls
 from orchestration.workers.supernet import root_cause
+from orchestration.workers.training_watch import StallRules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +31,11 @@ if TYPE_CHECKING:
     from dsnet.structure.search import Scorer
 
 RETRIES = 2
-"""Number of times that a score is made again whose actor was lost."""
+"""Number of times that a score is made again if its actor was lost, and if it was silent."""
 END_S = 5.0
 """Seconds that an actor may take for its last score when the search ends."""
+END_WHEN_STOPPED_S = 1.0
+"""The same after a stop request."""
 IMAGES, LABELS = "images", "labels"
 
 
@@ -72,9 +78,10 @@ class ScoreWorker:
         images, labels = (torch.from_numpy(np.array(arrays[name])) for name in (IMAGES, LABELS))
         self._scorer = HoldOutScorer(network.build(arrays), images, labels, normalization, device=device)
 
-    def score(self, widths: Widths) -> Score:
-        """The score of one candidate."""
-        return self._scorer.score(widths)
+    def score(self, widths: Widths, pulse: Pulse) -> Score:
+        """The score of one candidate; `pulse` beats meanwhile."""
+        with pulse.beating():
+            return self._scorer.score(widths)
 
     def finish(self) -> None:
         """Do nothing; it ends after the score that is being made."""
@@ -83,113 +90,207 @@ class ScoreWorker:
 def scorer_need(device: str) -> Need:
     """What the cluster must have for one actor."""
     each = {"CPU": 1.0, **({"GPU": 1.0} if device == "cuda" else {})}
-    return Need(
-        what="supernet.structure", number=1, each=each, remedy="add a node that has them, or change supernet.device"
-    )
+    remedy = "add a node that has them, or change supernet.device"
+    return Need(what="supernet.structure", number=1, each=each, remedy=remedy)
 
 
 @contextmanager
-def ray_scorer(job: ScoringJob, number: int | None) -> Iterator[Scorer]:
+def ray_scorer(
+    job: ScoringJob,
+    number: int | None,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    stalls: StallRules | None = None,
+) -> Iterator[Scorer]:
     """Scorer with actors of a connected Ray cluster, which start with the first candidate and end
     with the block.
 
     Args:
         job: the network, the hold-out, and how they are run.
         number: largest number of actors; None: as many as the nodes have room for.
+        should_stop: called twice a second while a score is waited for; True ends the wait.
+        stalls: how silent actors are noticed; their candidates are scored by others. None =
+            `StallRules()`.
 
     Raises:
         PreflightError: no node has room for an actor.
         DsnetError: an actor fails, or a score loses its actor more than `RETRIES` times.
+        StoppedError: a stop was requested.
+        ClusterLostError: the cluster was lost.
     """
-    actors = _Actors(job, number)
+    actors = _Actors(job, number, should_stop, stalls if stalls is not None else StallRules())
     try:
         yield actors.score
     finally:
         actors.close()
 
 
+@dataclass(frozen=True)
+class _Todo:
+    """A candidate that waits."""
+
+    index: int
+    """Its place among the candidates."""
+    num_stalls: int = 0
+    num_lost: int = 0
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """A candidate that an actor scores now."""
+
+    todo: _Todo
+    actor: Any
+    pulse: Pulse
+
+
 class _Actors:
     """The actors of one search."""
 
-    def __init__(self, job: ScoringJob, number: int | None) -> None:
+    def __init__(self, job: ScoringJob, number: int | None, should_stop: Callable[[], bool], rules: StallRules) -> None:
         self._job = job
         self._number = number
+        self._should_stop = should_stop
+        self._rules = rules
         self._need = scorer_need(job.device)
+        self._stalls = Stalls(rules.limits, rules.tell)
+        self._listener = Listener(rules.beat_s)
         self._sent: tuple[Any, ...] | None = None
-        self._actors: list[Any] = []
-        self._idle: deque[Any] = deque()
-        self._calls: dict[Any, tuple[Any, int | None, float]] = {}
-        """Actor, position of the candidate that it scores (None while it starts), and the time of
-        the call, by the call's reference."""
+        self._idle: list[Any] = []
+        self._starting: dict[Any, tuple[Any, float]] = {}
+        """Actor and time of its start, by the reference of its preparation."""
+        self._running: dict[Any, _Scoring] = {}
 
     def score(self, candidates: Sequence[Candidate]) -> Iterator[Score]:
         """Score candidates; the scores come in their order."""
+        check_cluster()
         self._fill_places(len(candidates))
-        waiting, lost = deque(range(len(candidates))), Counter[int]()
-        found: dict[int, Score] = {}
-        for position in range(len(candidates)):
-            while position not in found:
-                while self._idle and waiting:
-                    actor, number = self._idle.popleft(), waiting.popleft()
-                    self._call(actor, actor.score.remote(candidates[number].widths), number)
-                ended = self._next_ended()
-                if ended is None:
-                    continue
-                number, score = ended
-                if score is not None:
-                    found[number] = score
-                    continue
-                waiting.appendleft(number)
-                lost[number] += 1
-                if lost[number] > RETRIES:
-                    raise DsnetError(f"a worker that scores candidates was lost {lost[number]} times in a row")
-            yield found.pop(position)
-
-    def _next_ended(self) -> tuple[int, Score | None] | None:
-        """Wait for the next call to end: its candidate's position and score, None for the score if
-        its actor was lost; None if an actor has started, or did not."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-
-        starts_s = [began_s for _, number, began_s in self._calls.values() if number is None]
-        patience_s = min(starts_s) + PLACE_TIMEOUT_S - time.monotonic() if starts_s else None
-        ended, _ = ray.wait(
-            list(self._calls), num_returns=1, timeout=None if patience_s is None else max(0.0, patience_s)
-        )
-        if not ended:
-            self._give_up_starting()
-            return None
-        actor, number, _ = self._calls.pop(ended[0])
+        waiting = deque(_Todo(index) for index in range(len(candidates)))
+        scores: dict[int, Score] = {}
         try:
-            score: Score | None = ray.get(ended[0])
+            for index in range(len(candidates)):
+                while index not in scores:
+                    while waiting and self._idle:
+                        self._submit(waiting.popleft(), candidates)
+                    scores |= self._wait(waiting)
+                yield scores.pop(index)
+        finally:  # what is still running is not wanted any more; the actor does it before its next score
+            self._idle += [scoring.actor for scoring in self._running.values()]
+            self._running.clear()
+
+    def _submit(self, todo: _Todo, candidates: Sequence[Candidate]) -> None:
+        actor, pulse = self._idle.pop(), Pulse.new(self._rules.beat_s)
+        widths: Any = candidates[todo.index].widths
+        self._stalls.begin(pulse, "a worker that scores candidates", num_stalls=todo.num_stalls)
+        self._listener.add(pulse)
+        self._running[actor.score.remote(widths, pulse)] = _Scoring(todo, actor, pulse)
+
+    def _wait(self, waiting: deque[_Todo]) -> dict[int, Score]:
+        """Wait a little for the next score; returns those that are there, by their places."""
+        import ray
+
+        ended, _ = ray.wait([*self._running, *self._starting], num_returns=1, timeout=LONGEST_WAIT_S)
+        if ended and ended[0] in self._starting:
+            self._hear_start(ended[0])
+            return {}
+        if ended:
+            return self._score_of(ended[0], waiting)
+        check_cluster()
+        if self._should_stop():
+            raise StoppedError("the search for sub-networks was stopped; its scores are kept")
+        for scoring in self._running.values():
+            if (silent_s := self._listener.silent_s(scoring.pulse)) is not None:
+                self._stalls.hear(scoring.pulse, silent_s)
+        overdue = set(self._stalls.overdue())
+        for ref in [ref for ref, scoring in self._running.items() if scoring.pulse in overdue]:
+            self._replace_silent(ref, waiting)
+        self._give_up_late_starts()
+        return {}
+
+    def _hear_start(self, ref: Any) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        actor, _ = self._starting.pop(ref)
+        try:
+            self._asked(ref)
+        except RayError as error:
+            check_cluster()
+            if self._num_actors() == 0:
+                raise DsnetError(f"a worker that scores candidates did not start: {root_cause(error)}") from error
+            ray.kill(actor)
+            return
+        self._idle.append(actor)
+
+    def _score_of(self, ref: Any, waiting: deque[_Todo]) -> dict[int, Score]:
+        """The score of an ended call by its place; nothing if its actor was lost, and the candidate
+        waits again."""
+        from ray.exceptions import RayError
+
+        scoring = self._running[ref]
+        try:
+            score: Score = self._asked(ref)
+        except RayError as error:
+            check_cluster()
+            self._forget(ref)
+            lost = replace(scoring.todo, num_lost=scoring.todo.num_lost + 1)
+            if lost.num_lost > RETRIES:
+                raise DsnetError(f"a worker that scores candidates was lost: {root_cause(error)}") from error
+            self._fill_places(self._num_actors() + 1)
+            waiting.appendleft(lost)
+            return {}
+        self._stalls.end(scoring.pulse)
+        self._forget(ref)
+        self._idle.append(scoring.actor)
+        return {scoring.todo.index: score}
+
+    def _asked(self, ref: Any) -> Any:
+        """The result of a call; errors of our code come as they are, those of Ray as RayError."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        try:
+            return ray.get(ref)
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, DsnetError):
                 raise cause from error
             raise DsnetError(f"a candidate could not be scored: {type(cause).__name__}: {cause}") from error
-        except RayError as error:
-            self._actors.remove(actor)
-            if number is None and not self._actors:
-                raise DsnetError(f"a worker that scores candidates did not start: {root_cause(error)}") from error
-            self._fill_places(len(self._actors) + 1)
-            return None if number is None else (number, None)
-        self._idle.append(actor)
-        return None if number is None else (number, score)
 
-    def _call(self, actor: Any, ref: Any, number: int | None) -> None:
-        self._calls[ref] = (actor, number, time.monotonic())
+    def _forget(self, ref: Any) -> _Scoring:
+        scoring = self._running.pop(ref)
+        self._listener.remove(scoring.pulse)
+        self._stalls.drop(scoring.pulse)
+        return scoring
 
-    def _give_up_starting(self) -> None:
+    def _replace_silent(self, ref: Any, waiting: deque[_Todo]) -> None:
+        """Give the candidate of a silent actor to another one."""
+        import ray
+
+        scoring = self._forget(ref)
+        ray.kill(scoring.actor)
+        silent = replace(scoring.todo, num_stalls=scoring.todo.num_stalls + 1)
+        if silent.num_stalls > RETRIES:
+            raise DsnetError(
+                f"{silent.num_stalls} workers that scored the same candidate gave no sign of life; look at the machines "
+                "of the cluster, and launch again"
+            )
+        self._fill_places(self._num_actors() + 1)
+        waiting.appendleft(silent)
+
+    def _give_up_late_starts(self) -> None:
         """Go on without the actors that found no place: their node has left, or others use it."""
         import ray
 
-        for ref, (actor, number, _) in list(self._calls.items()):
-            if number is None:
-                del self._calls[ref]
-                self._actors.remove(actor)
-                ray.kill(actor)
-        if not self._actors:
+        now_s = time.monotonic()
+        late = [ref for ref, (_, began_s) in self._starting.items() if now_s - began_s > PLACE_TIMEOUT_S]
+        for ref in late:
+            ray.kill(self._starting.pop(ref)[0])
+        if late and self._num_actors() == 0:
             raise PreflightError(no_place(self._need.each, "a worker that scores candidates", PLACE_TIMEOUT_S))
+
+    def _num_actors(self) -> int:
+        return len(self._idle) + len(self._starting) + len(self._running)
 
     def _fill_places(self, wanted: int) -> None:
         """Start actors, as many as there is work and room for, and at least one."""
@@ -204,20 +305,19 @@ class _Actors:
         number = max(1, min(places, self._number or places, wanted))
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(self._job.device == "cuda")}
         make: Any = ray.remote(**options, max_restarts=0, max_task_retries=0)(ScoreWorker)
-        while len(self._actors) < number:
+        for _ in range(number - self._num_actors()):
             actor: Any = make.remote(*self._sent)
-            self._actors.append(actor)
-            self._call(actor, actor.prepare.remote(), None)
+            self._starting[actor.prepare.remote()] = (actor, time.monotonic())
 
     def close(self) -> None:
         """End the actors, after the scores that they are making: Ray would print errors about
         those."""
         import ray
 
-        if self._actors:
-            ends = [actor.finish.remote() for actor in self._actors]
-            ray.wait(ends, num_returns=len(ends), timeout=END_S)
-        for actor in self._actors:
+        self._listener.close()
+        if self._idle:
+            ends = [actor.finish.remote() for actor in self._idle]
+            ray.wait(ends, num_returns=len(ends), timeout=END_WHEN_STOPPED_S if self._should_stop() else END_S)
+        for actor in [*self._idle, *(actor for actor, _ in self._starting.values())]:
             ray.kill(actor)
-        self._actors, self._calls, self._sent = [], {}, None
-        self._idle.clear()
+        self._idle, self._starting, self._sent = [], {}, None

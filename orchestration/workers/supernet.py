@@ -16,21 +16,24 @@ from typing import Any
 from dsnet import errors
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.training_images import TrainingImages
-from dsnet.errors import DsnetError, PreflightError, StoppedError
+from dsnet.errors import ClusterLostError, DsnetError, PreflightError, StoppedError
 from dsnet.files import read_object
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
+from orchestration.workers.cluster_watch import check_cluster, lost_sentence
+from orchestration.workers.life import Pulse
 from orchestration.workers.nodes import Need, cluster_nodes, place_kept, refuse_without_room
 from orchestration.workers.sent_images import receive_images, send_images
+from orchestration.workers.training_watch import StallRules, TrainingWatch
 from orchestration.workers.workplaces import OUTCOME, JobFiles, job_files
 
 MEETING = "ray"
 """Folder of Ray Train in the stage's folder while it runs."""
 POLL_S = 0.3
-STOP_GRACE_S = 8.0
+STOP_GRACE_S = 5.0
 """Seconds that training may take to reach its next step boundary after it was asked to stop."""
 WORKER_RETRIES = 2
 """Number of times that lost workers are replaced; training then continues from the newest
@@ -94,6 +97,7 @@ def train_on_ray(
     *,
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
+    stalls: StallRules | None = None,
 ) -> Path:
     """Train the supernet on `job.workers` Ray workers; Ray must be initialised.
 
@@ -105,12 +109,14 @@ def train_on_ray(
         data: the training split.
         on_points: called with new points of the loss curves.
         should_stop: called several times a second; True stops training at the next step.
+        stalls: how silent workers are noticed; None = `StallRules()`.
 
     Returns:
         the stem of the recalibrated checkpoint.
 
     Raises:
         StoppedError: it was stopped; the checkpoints stay, and the next launch continues.
+        ClusterLostError: the cluster, or the controller of Ray Train, was lost.
         PreflightError: the cluster has too few CPUs or GPUs for the workers.
         NonFiniteLossError, CheckpointError: as the training loop.
         DsnetError: the workers failed for another reason.
@@ -119,16 +125,34 @@ def train_on_ray(
     refuse_without_room(training_need(job.workers, job.threads, job.device), cluster_nodes())
     files = job.files()
     files.begin()
-    config = {"job": job, "place": files.place, "start": send_start(job), **send_images(data, job.data_path)}
+    rules = stalls if stalls is not None else StallRules()
+    pulse = Pulse.new(rules.beat_s)
+    config = {
+        "job": job,
+        "pulse": pulse,
+        "place": files.place,
+        "start": send_start(job),
+        **send_images(data, job.data_path),
+    }
     failures: list[BaseException] = []
     is_abandoned = threading.Event()
     fit = partial(_fit_alone, is_abandoned=is_abandoned) if job.workers == 1 else _fit_group
     thread = threading.Thread(target=fit, args=(config, failures), name="ray-train", daemon=True)
     tail = CurveTail(job.folder / "curves.jsonl")
+    watch = TrainingWatch(
+        {
+            "the training worker" if job.workers == 1 else f"training worker {rank} of {job.workers}": pulse.of_rank(
+                rank
+            )
+            for rank in range(job.workers)
+        },
+        rules,
+    )
     thread.start()
     try:
-        _follow(thread, tail, on_points, should_stop, files)
+        _follow(thread, tail, on_points, should_stop, files, watch)
     finally:
+        watch.close()
         is_abandoned.set()
         files.fetch(everything=True)
         on_points(tail.read())
@@ -141,6 +165,9 @@ def train_on_ray(
     if failures and isinstance(failures[0], DsnetError):
         raise failures[0]
     if failures:
+        check_cluster()
+        if _is_controller_lost(failures[0]):
+            raise ClusterLostError(lost_sentence("the controller of Ray Train has ended")) from failures[0]
         workers = "worker" if job.workers == 1 else "workers"
         raise DsnetError(f"the training {workers} failed: {root_cause(failures[0])}") from failures[0]
     return job.folder / FINAL
@@ -238,12 +265,21 @@ def _follow(
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
     files: JobFiles,
+    watch: TrainingWatch,
 ) -> None:
     asked_at: float | None = None
+    last_s = time.monotonic()
     while thread.is_alive():
         thread.join(POLL_S)
         files.fetch()
-        on_points(tail.read())
+        points = tail.read()
+        on_points(points)
+        if points:
+            watch.took(time.monotonic() - last_s)
+            last_s = time.monotonic()
+        if not (asked_at is not None or should_stop()):
+            check_cluster()
+            watch.look()
         if asked_at is None and should_stop():
             files.ask_to_stop()
             asked_at = time.monotonic()
@@ -263,24 +299,34 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     job: SupernetJob = config["job"]
     torch.set_num_threads(job.threads)
     workers = SingleWorker() if job.workers == 1 else DistributedWorkers()
+    pulse: Pulse = config["pulse"]
     with config["place"].opened(is_writer=workers.rank == 0) as place:
         outcome = place.folder / OUTCOME
         if outcome.exists():
             return  # an earlier attempt of this launch failed with an error that would occur again
         try:
-            train_supernet(
-                first_supernet(job, config["start"]),
-                receive_images(config, job.run.augmentation),
-                job.run,
-                folder=place.folder,
-                device=job.device,
-                workers=workers,
-                callbacks=TrainingCallbacks(should_stop=place.should_stop),
-            )
+            with pulse.of_rank(workers.rank).beating():
+                train_supernet(
+                    first_supernet(job, config["start"]),
+                    receive_images(config, job.run.augmentation),
+                    job.run,
+                    folder=place.folder,
+                    device=job.device,
+                    workers=workers,
+                    callbacks=TrainingCallbacks(should_stop=place.should_stop),
+                )
         except DsnetError as error:
             place.record({"error": type(error).__name__, "message": str(error), "rank": workers.rank})
             if job.workers > 1:
                 raise  # the others wait in an all-reduce; the group must end
+
+
+def _is_controller_lost(error: BaseException) -> bool:
+    """Whether the actor of Ray Train that directs the workers has ended. Lost workers come as
+    errors of Ray Train."""
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError)
 
 
 def _raise_outcome(record: Mapping[str, Any]) -> None:

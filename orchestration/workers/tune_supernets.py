@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,9 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL, TrainingCallbacks, recalibration_batches, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
+from orchestration.workers.cluster_watch import check_cluster
 from orchestration.workers.file_stores import DriverStore
+from orchestration.workers.life import Pulse
 from orchestration.workers.nodes import (
     PLACE_TIMEOUT_S,
     Need,
@@ -66,6 +68,7 @@ from orchestration.workers.supernet import (
     send_start,
     training_resources,
 )
+from orchestration.workers.training_watch import StallRules, TrainingWatch
 from orchestration.workers.tune_ledger import LEDGER_FILE, End, Ledger, MemberFate, Report, TuneRules, known_fates
 from orchestration.workers.workplaces import OUTCOME, Place, Workplace
 from search.front.pareto import DEFAULT_OBJECTIVES, REFERENCE_MARGIN, hypervolume
@@ -196,6 +199,8 @@ class SweepCallbacks:
     """Called with a member's outcome as soon as its training has ended in this call."""
     should_stop: Callable[[], bool] = lambda: False
     """Called several times a second; True stops all training at the next step."""
+    stalls: StallRules = field(default_factory=StallRules)
+    """How silent workers are noticed, and told by the name of their member."""
 
 
 def train_members(
@@ -231,6 +236,7 @@ def train_members(
 
     Raises:
         StoppedError: it was stopped; the next call continues.
+        ClusterLostError: the cluster was lost.
         PreflightError: the cluster has too few CPUs or GPUs.
         ConfigError: the scheduler cannot be made, or several workers were asked for.
         CheckpointError: the ledger cannot be read or written.
@@ -308,6 +314,7 @@ class _TuneRun:
         )
         self._tune_folder = ledger.path.parent / "tune"
         self._asked_to_stop = threading.Event()
+        self._pulses = {member.name: Pulse.new(callbacks.stalls.beat_s) for member in pending}
         self.fates: dict[str, MemberFate] = {}
 
     def run(self, images: Mapping[str, Any]) -> None:
@@ -324,11 +331,13 @@ class _TuneRun:
         failures: list[BaseException] = []
         # Not in the main thread: there Tune would replace our handler of Ctrl-C by its own.
         thread = threading.Thread(target=self._tune, args=(scheduler, images, failures), name="ray-tune", daemon=True)
+        watch = TrainingWatch(self._pulses, self._callbacks.stalls)
         with variables_set(_ENVIRONMENT):
             thread.start()
             try:
-                self._follow(thread, scheduler)
+                self._follow(thread, scheduler, lambda: watch.look(scheduler.is_running))
             finally:
+                watch.close()
                 self._pass_on()
                 if not thread.is_alive():
                     shutil.rmtree(self._tune_folder, ignore_errors=True)
@@ -336,10 +345,12 @@ class _TuneRun:
         if missing and self._is_stopping():
             raise StoppedError("training of the supernets was stopped; checkpoints and reports are kept")
         if failures:
+            check_cluster()
             if isinstance(failures[0], DsnetError):
                 raise failures[0]
             raise DsnetError(f"Ray Tune failed: {root_cause(failures[0])}") from failures[0]
         if missing:
+            check_cluster()
             raise DsnetError(f"Ray Tune ended without a result for {', '.join(missing)}; launch again")
 
     def _scheduler(self) -> Any:
@@ -386,6 +397,7 @@ class _TuneRun:
                     works=works,
                     images=dict(images),
                     report_every=self._rules.report_every,
+                    pulses=self._pulses,
                 ),
                 name="supernets",
                 config={MEMBER: tune.grid_search([member.name for member in self._members])},
@@ -404,16 +416,18 @@ class _TuneRun:
         except Exception as error:  # noqa: BLE001 - reported by the caller's thread, whatever it is
             failures.append(error)
 
-    def _follow(self, thread: threading.Thread, scheduler: Any) -> None:
+    def _follow(self, thread: threading.Thread, scheduler: Any, look: Callable[[], None]) -> None:
         asked_at: float | None = None
-        watch = _PlaceWatch(self._each)
+        places = _PlaceWatch(self._each)
         while thread.is_alive():
             thread.join(POLL_S)
             for files in self._files.values():
                 files.fetch()
             self._pass_on()
-            if asked_at is None:
-                watch.look(is_idle=scheduler.is_idle)
+            if not self._is_stopping():
+                check_cluster()
+                look()
+                places.look(is_idle=scheduler.is_idle)
             if asked_at is None and self._callbacks.should_stop():
                 self._asked_to_stop.set()
                 for path in self._stop_files:
@@ -510,19 +524,26 @@ class MemberWork:
 
 
 def _train_member(
-    config: Mapping[str, Any], works: Mapping[str, MemberWork], images: Mapping[str, Any], report_every: int
+    config: Mapping[str, Any],
+    works: Mapping[str, MemberWork],
+    images: Mapping[str, Any],
+    report_every: int,
+    pulses: Mapping[str, Pulse],
 ) -> None:
     """The function of a trial: trains one supernet, from its checkpoint if it has one. Errors are
     recorded, not raised, because Tune would start it again."""
     fix_arithmetic()
-    work = works[config["member"]]
+    name = config["member"]
+    work = works[name]
     with work.place.opened() as place:
         if (place.folder / OUTCOME).exists():
             return  # an earlier attempt of this launch failed with an error that would occur again
         torch.set_num_threads(work.job.threads)
         try:
             # Read anew by every attempt: values reported before this worker are not repeated.
-            _train_and_report(work, place, images, work.told(), report_every)
+            told = work.told()
+            with pulses[name].beating():
+                _train_and_report(work, place, images, told, report_every)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other members continue
             message = str(error) if isinstance(error, DsnetError) else root_cause(error)
             place.record({"error": type(error).__name__, "message": message, "is_lasting": isinstance(error, _LASTING)})
