@@ -44,7 +44,7 @@ def test_scores_are_those_of_one_process_also_when_an_actor_is_lost(ray_cluster:
     actors = _Actors(job, 2, lambda: False, StallRules())
     scores = actors.score(candidates())
     found = [next(scores).num_correct]
-    ray.kill(next(iter(actors._running.values())).actor, no_restart=False)
+    ray.kill(actors._idle[0])
     found += [each.num_correct for each in scores]
     actors.close()
     assert found == wanted
