@@ -18,6 +18,7 @@ from dsnet.files import atomic_write_json, atomic_write_text, read_json
 from orchestration.runs.folder import RunDir, list_runs, mlflow_store_uri
 from orchestration.runs.lock import DriverLock, LockHolder, read_lock
 from orchestration.runs.manifest import Manifest, describe_hardware
+from orchestration.runs.processes import process_start_time
 
 HOLD_THE_LOCK = """
 import sys
