@@ -46,7 +46,7 @@ class Machine:
     def __init__(self, name: str, address: str, variables: Mapping[str, str], hidden: Path | None) -> None:
         self.name = name
         self.address = address
-        self._variables = variables
+        self._variables = dict(variables)
         self._hidden = hidden
 
     def within(self, *command: str) -> list[str]:
@@ -72,7 +72,8 @@ class Machine:
         with open(log, "ab") as file:
             subprocess.Popen(
                 self.within(*RAY, "start", *place, *options),
-                env={**os.environ, **self._variables},
+                env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+                | self._variables,
                 stdout=file,
                 stderr=file,
                 stdin=subprocess.DEVNULL,
