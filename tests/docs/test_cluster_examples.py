@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from itertools import pairwise
@@ -12,7 +11,6 @@ from typing import Any
 import click
 import jsonschema
 import pytest
-import ray
 import yaml
 
 from orchestration.cli import cli
@@ -54,14 +52,18 @@ def check_launch(words: list[str]) -> dict[str, str]:
 
 
 def test_ray_up_reads_the_cluster_file() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
     content = yaml.safe_load((FOLDER / "ray-up.yaml").read_text())
-    schema = json.loads(Path(ray.__file__).parent.joinpath("autoscaler", "ray-schema.json").read_text())
-    jsonschema.validate(content, schema)
+    prepared = prepare_config(content)
+    validate_config(prepared)
+    (nodes,) = prepared["available_node_types"].values()
     assert content["min_workers"] == content["max_workers"] == len(content["provider"]["worker_ips"])
+    assert nodes["min_workers"] == nodes["max_workers"] == content["min_workers"]
     assert any("RAY_AUTH_MODE=token" in command for command in content["setup_commands"])
     assert "~/.ray/auth_token" in content["file_mounts"]
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**content, "min_worker": 2}, schema)
+        validate_config({**prepared, "worker_ips": []})
 
 
 @pytest.mark.parametrize("kind", ["head", "worker"])

@@ -55,7 +55,18 @@ class Machine:
         return ["ip", "netns", "exec", self.name, *view, *command]
 
     def start(self, num_cpus: int, *, head: Machine | None, log: Path) -> None:
-        """Start its Ray node: a new cluster, or one more node of the cluster of `head`."""
+        """Start its Ray node: a new cluster, or one more node of the cluster of `head`; returns when
+        it runs, which takes a busy machine more than one attempt."""
+        for _ in range(3):
+            process = self._start(num_cpus, head, log)
+            while process.poll() is None and "Ray runtime started" not in log.read_text():
+                time.sleep(0.2)
+            if process.poll() is None:
+                return
+            log.write_text("")
+        raise AssertionError(f"no Ray node on {self.name}")
+
+    def _start(self, num_cpus: int, head: Machine | None, log: Path) -> subprocess.Popen[bytes]:
         place = (
             ["--head", f"--port={PORT}", "--include-dashboard=false"]
             if head is None
@@ -70,7 +81,7 @@ class Machine:
             "--block",
         ]
         with open(log, "ab") as file:
-            subprocess.Popen(
+            return subprocess.Popen(
                 self.within(*RAY, "start", *place, *options),
                 env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
                 | self._variables,
@@ -88,19 +99,6 @@ class Machine:
     def runs(self, title: str) -> bool:
         """Whether one of its processes has this title, such as that of a task of Ray."""
         return any(title in _title(pid) for pid in self.pids())
-
-    def listens(self) -> bool:
-        """Whether a cluster answers at its port."""
-        return (
-            subprocess.run(
-                self.within(
-                    sys.executable, "-c", f"import socket; socket.create_connection(('{self.address}', {PORT}), 1)"
-                ),
-                capture_output=True,
-                check=False,
-            ).returncode
-            == 0
-        )
 
     def kill(self) -> None:
         """Kill everything that runs on it, at once."""

@@ -61,10 +61,8 @@ def test_a_sweep_outlives_the_machines_of_its_training_and_of_its_search(
     assert command.wait().code == 0
     with machines(3, TOKEN, hidden=tmp_path) as (head, *nodes):
         head.start(0, head=None, log=logs / "head")
-        wait_until(head.listens, "a cluster")
         for number, node in enumerate(nodes):
             node.start(1, head=head, log=logs / f"{number}")
-        wait_until(lambda: all(node.runs("raylet") for node in nodes), "two more nodes")
         address = ("--set", f"ray.address={head.address}:{PORT}")
         command = launch(joined, *address, program=(*head.within(), *PROGRAM))
         try:
@@ -104,7 +102,6 @@ def test_without_the_token_of_the_cluster_the_message_says_what_to_set(
     write_sweep(tmp_path)
     with machines(1, TOKEN, hidden=tmp_path) as (head,):
         head.start(1, head=None, log=tmp_path / "log")
-        wait_until(head.listens, "a cluster")
         for given, said in (
             ({}, "set RAY_AUTH_MODE=token: it is not set"),
             ({"RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE is token, but no token is there"),
