@@ -55,8 +55,8 @@ class Machine:
         return ["ip", "netns", "exec", self.name, *view, *command]
 
     def start(self, num_cpus: int, *, head: Machine | None, log: Path) -> None:
-        """Start its Ray node: a new cluster, or one more node of the cluster of `head`; returns when
-        it runs, which takes a busy machine more than one attempt."""
+        """Start its Ray node: a new cluster, or one more node of the cluster of `head`. Returns
+        when it runs, which takes more than one attempt on a busy machine."""
         for _ in range(3):
             process = self._start(num_cpus, head, log)
             while process.poll() is None and "Ray runtime started" not in log.read_text():
