@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsnet.arithmetic import fix_arithmetic
-from dsnet.errors import DsnetError, PreflightError, StoppedError
+from dsnet.errors import ClusterLostError, DsnetError, PreflightError, StoppedError
 from dsnet.structure.method import Candidate, Score, Widths
 from orchestration.workers.cluster_watch import LONGEST_WAIT_S, check_cluster
 from orchestration.workers.life import Listener, Pulse
@@ -160,6 +160,8 @@ class _Actors:
         self._starting: dict[Any, tuple[Any, float]] = {}
         """Actor and time of its start, by the reference of its preparation."""
         self._running: dict[Any, _Scoring] = {}
+        self._has_started = False
+        """Whether any actor has started."""
 
     def score(self, candidates: Sequence[Candidate]) -> Iterator[Score]:
         """Score candidates; the scores come in their order."""
@@ -220,6 +222,7 @@ class _Actors:
                 raise DsnetError(f"a worker that scores candidates did not start: {root_cause(error)}") from error
             ray.kill(actor)
             return
+        self._has_started = True
         self._idle.append(actor)
 
     def _score_of(self, ref: Any, waiting: deque[_Todo]) -> dict[int, Score]:
@@ -287,7 +290,8 @@ class _Actors:
         for ref in late:
             ray.kill(self._starting.pop(ref)[0])
         if late and self._num_actors() == 0:
-            raise PreflightError(no_place(self._need.each, "a worker that scores candidates", PLACE_TIMEOUT_S))
+            told = no_place(self._need.each, "a worker that scores candidates", PLACE_TIMEOUT_S)
+            raise ClusterLostError(told) if self._has_started else PreflightError(told)
 
     def _num_actors(self) -> int:
         return len(self._idle) + len(self._starting) + len(self._running)

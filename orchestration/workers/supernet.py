@@ -217,7 +217,9 @@ def _fit_alone(config: dict[str, Any], failures: list[BaseException], is_abandon
                 ray.get(task.options(scheduling_strategy=place).remote(config))
         except DsnetError as error:  # would occur again
             found = getattr(error, "cause", error)
-            failures.append(StoppedError(str(found)) if attempt > 0 and isinstance(found, PreflightError) else found)
+            failures.append(
+                ClusterLostError(str(found)) if attempt > 0 and isinstance(found, PreflightError) else found
+            )
             return
         except Exception as error:  # noqa: BLE001 - reported by the main thread, whatever it is
             if attempt == WORKER_RETRIES or is_abandoned.is_set():

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsnet.arithmetic import fix_arithmetic
-from dsnet.errors import PreflightError, StoppedError
+from dsnet.errors import ClusterLostError, PreflightError, StoppedError
 from dsnet.wording import plural
 from orchestration.workers.cluster_watch import LONGEST_WAIT_S, check_cluster
 from orchestration.workers.life import BEAT_S, Listener, Pulse
@@ -501,14 +501,15 @@ class RayRunner:
         ray.kill(job.actor)
         if job.batch is None:
             num_late = job.num_starts_late + 1
-            if num_late < MAX_STARTS_LATE and self._has_place():
+            if num_late < MAX_STARTS_LATE and self._num_actors() < self._actors.places(cluster_nodes()):
                 self._tell(f"a trial worker did not start within {START_TIMEOUT_S:g} s; another one is started")
                 self._start_actor(job.num_starts_lost, num_late)
                 return []
             if self._num_actors() > 0:
                 self._tell(f"a trial worker found no place within {START_TIMEOUT_S:g} s; the others go on")
                 return []
-            raise PreflightError(no_place(self._actors.each, "a trial worker", START_TIMEOUT_S))
+            told = no_place(self._actors.each, "a trial worker", START_TIMEOUT_S)
+            raise PreflightError(told) if self._lanes is None else ClusterLostError(told)
         self._start_another()
         return self._fail(job, job.batch, f"time-out after {self._limits.timeout_s:g} s", waiting)
 

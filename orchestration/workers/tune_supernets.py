@@ -33,7 +33,7 @@ from torch import Tensor
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import TrainingImages
-from dsnet.errors import ConfigError, DsnetError, NonFiniteLossError, StoppedError
+from dsnet.errors import ClusterLostError, ConfigError, DsnetError, NonFiniteLossError, StoppedError
 from dsnet.files import read_stored
 from dsnet.measure.evaluate import EVALUATION_BATCH
 from dsnet.network.batchnorm import recalibrate
@@ -468,7 +468,7 @@ class _PlaceWatch:
             is_idle: whether no supernet trains at present.
 
         Raises:
-            StoppedError: no node has had room for one, or none has trained, for too long.
+            ClusterLostError: no node has had room for one, or none has trained, for too long.
         """
         now_s = time.monotonic()
         if not is_idle:
@@ -480,7 +480,7 @@ class _PlaceWatch:
             self._had_place_s = now_s
         for since_s, patience_s in ((self._had_place_s, PLACE_TIMEOUT_S), (self._was_busy_s, IDLE_TIMEOUT_S)):
             if now_s - since_s > patience_s:
-                raise StoppedError(no_place(self._each, "the training of supernets", patience_s))
+                raise ClusterLostError(no_place(self._each, "the training of supernets", patience_s))
 
 
 def _describe_failure(trial: Any) -> str:

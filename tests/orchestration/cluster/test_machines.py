@@ -16,7 +16,7 @@ from tests.orchestration.samples import PROGRAM, SWEEP, TINY, WITHOUT_MLFLOW, Co
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 TRAINING, TRIALS = "ray::_train_loop", "ray::TrialWorker"
-SLOW = "supernet.train.epochs=60"
+SLOW = "supernet.train.epochs=25"
 TEXT = TINY.replace("ray: {trial_actors: 1}\n", "").replace("budget: {trials: 12}", "budget: {trials: 40}")
 
 
