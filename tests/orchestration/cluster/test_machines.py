@@ -16,12 +16,12 @@ from tests.orchestration.samples import PROGRAM, SWEEP, TINY, WITHOUT_MLFLOW, Co
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 TRAINING, TRIALS = "ray::_train_loop", "ray::TrialWorker"
-SLOW = "supernet.train.epochs=25"
+SLOW = ("--set", "supernet.train.epochs=25", "--set", "supernet.threads=1")
 TEXT = TINY.replace("ray: {trial_actors: 1}\n", "").replace("budget: {trials: 12}", "budget: {trials: 40}")
 
 
 def launch(folder: Path, *further: str, program: tuple[str, ...] = PROGRAM) -> Command:
-    return Command(folder, "launch", SWEEP, "--set", SLOW, *further, *WITHOUT_MLFLOW, program=program)
+    return Command(folder, "launch", SWEEP, *SLOW, *further, *WITHOUT_MLFLOW, program=program)
 
 
 def of_run(folder: Path) -> RunResults:
