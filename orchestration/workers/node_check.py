@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def facts_of_this_machine() -> dict[str, str]:
     return {
         "Python": ".".join(platform.python_version_tuple()[:2]),
         **{name: _version(name) for name in _PACKAGES},
-        "dsnet-orch": _code_digest(),
+        "the files of dsnet-orch": code_digest(),
     }
 
 
@@ -33,14 +34,23 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def _code_digest() -> str:
-    """The first digits of a SHA-256 over the files of our packages that workers import."""
+def code_digest(root: Path = Path(ROOT)) -> str:
+    """The first digits of a SHA-256 over the files of our packages below a folder."""
     digest = hashlib.sha256()
     for package in OWN_PACKAGES:
-        for path in sorted(Path(ROOT, package).rglob("*.py")):
-            digest.update(path.relative_to(ROOT).as_posix().encode())
-            digest.update(path.read_bytes())
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]
+
+
+def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """What differs between two machines, a phrase for each."""
+    return [
+        f"{name} {there.get(name, 'absent')} there, {value} here"
+        for name, value in here.items()
+        if there.get(name) != value
+    ]
 
 
 def check_nodes(timeout_s: float = ANSWER_TIMEOUT_S) -> None:
@@ -78,9 +88,7 @@ def check_nodes(timeout_s: float = ANSWER_TIMEOUT_S) -> None:
                 f"ray.address: the node {asked[ref]} cannot run this package ({lines[-1].strip()}); install the same release of "
                 "dsnet-orch in the environment of its Ray (docs/cluster.md)"
             ) from error
-        differing = [
-            f"{name} {there.get(name)} there, {value} here" for name, value in own.items() if there.get(name) != value
-        ]
+        differing = differences(there, own)
         if differing:
             raise PreflightError(
                 f"ray.address: the node {asked[ref]} differs from this machine: {'; '.join(differing)}; all nodes need the same "

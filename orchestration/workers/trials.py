@@ -159,7 +159,8 @@ class Actors:
             *(["gate.end_to_end.threads"] if self.threads > 1 else []),
             *(f"ray.trial_resources.{name}" for name in self.resources),
         ]
-        remedy = f"lower {' or '.join(lower)}, or raise ray.num_cpus" if lower else "raise ray.num_cpus, or add a node"
+        more = "add a node that has them" if self.resources else "raise ray.num_cpus, or add a node"
+        remedy = f"lower {' or '.join(lower)}, or {more}" if lower else more
         return Need(what=named + threads, number=self.number or 1, each=self.each, remedy=remedy)
 
     def places(self, nodes: Sequence[Node]) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
-from dsnet.errors import PreflightError
+from dsnet.errors import ClusterLostError, PreflightError
+from orchestration.workers import tune_supernets
+from orchestration.workers.node_check import code_digest, differences, facts_of_this_machine
 from orchestration.workers.nodes import Need, Node, most_threads, nodes_in_words, refuse_without_room, room
 from orchestration.workers.supernet import training_need
 from orchestration.workers.trials import Actors
@@ -100,3 +103,48 @@ def test_trial_actors_are_counted_by_node() -> None:
 def test_nodes_of_different_sizes_are_listed_by_size() -> None:
     assert nodes_in_words(nodes(1, 1, 8), {"CPU": 1}) == "2 nodes with 1 CPU each; 1 node with 8 CPUs"
     assert Need(what="x", number=1, each={"CPU": 1}, remedy="y").number == 1
+
+
+def test_a_node_with_another_version_or_other_files_is_told_from_this_machine(tmp_path: Path) -> None:
+    here = facts_of_this_machine()
+    assert differences(here, here) == []
+    assert differences({**here, "torch": "1.0"}, here) == [f"torch 1.0 there, {here['torch']} here"]
+    assert differences({name: value for name, value in here.items() if name != "ray"}, here) == [
+        f"ray absent there, {here['ray']} here"
+    ]
+    (tmp_path / "dsnet").mkdir()
+    seen = set()
+    for name, text in (("a", "1"), ("b", "1"), ("b", "2")):
+        (tmp_path / "dsnet" / f"{name}.py").write_text(text)
+        seen.add(code_digest(tmp_path))
+    assert len(seen) == 3
+
+
+class Clock:
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+def test_supernets_wait_for_a_place_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, left = Clock(), nodes(2)
+    monkeypatch.setattr(tune_supernets, "time", clock)
+    monkeypatch.setattr(tune_supernets, "cluster_nodes", lambda: left)
+    monkeypatch.setattr("orchestration.workers.nodes.cluster_nodes", lambda: left)
+    watch = tune_supernets._PlaceWatch({"CPU": 2.0})
+
+    def wait(seconds: int, *, is_idle: bool) -> None:
+        for _ in range(seconds):
+            clock.now_s += 1
+            watch.look(is_idle=is_idle)
+
+    wait(1000, is_idle=False)
+    wait(int(tune_supernets.IDLE_TIMEOUT_S) - 10, is_idle=True)
+    wait(5, is_idle=False)
+    with pytest.raises(ClusterLostError, match=r"no node with 2 CPUs free within 120 s.*1 node with 2 CPUs"):
+        wait(int(tune_supernets.IDLE_TIMEOUT_S) + 10, is_idle=True)
+    watch = tune_supernets._PlaceWatch({"CPU": 2.0})
+    left = nodes(1)
+    with pytest.raises(ClusterLostError, match=r"no node with 2 CPUs free within 60 s.*1 node with 1 CPU"):
+        wait(int(tune_supernets.PLACE_TIMEOUT_S) + 10, is_idle=False)
