@@ -48,6 +48,8 @@ class Ending:
         with self._lock:
             if not self._is_told:
                 self._is_told = True
+                if self.request is not None and self.request():
+                    problem = None  # a closing terminal ends the processes of Ray too
                 said = "stopped; finished work is kept" if problem is None else f"error: {problem}"
                 complain(f"{said}. Continue with:")
                 click.echo(f"  {self._command}", err=True)  # not wrapped, to be copied

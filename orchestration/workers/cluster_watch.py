@@ -24,6 +24,7 @@ from orchestration.workers.cluster_processes import kill_marked
 LOOK_EVERY_S = 0.5
 STOPPED_S = 30.0
 """Seconds for which a process may be stopped (SIGSTOP) before the cluster counts as lost."""
+TRY_EVERY_S = 2.5
 UNREACHABLE_S = 40.0
 """Seconds for which the address of a cluster elsewhere may not answer before it counts as lost;
 Ray itself would end this process after 60 s."""
@@ -66,6 +67,27 @@ class ClusterWatch:
     """What was lost, as a sentence; None while nothing is."""
     _since: dict[str, float] = field(default_factory=dict, init=False)
     """Since when something has been stopped or has not answered, by name."""
+
+    def observe_session(self, address: str) -> None:
+        """Watch the cluster to which Ray is connected now.
+
+        Args:
+            address: the address given to Ray.
+        """
+        if address.startswith("ray://"):
+            self.address = _host_and_port(address.removeprefix("ray://"))
+            return
+        from ray._private.worker import _global_node as node
+
+        if node is None:
+            return
+        if self.mark is None:
+            self.essentials = _listener(node.raylet_socket_name, "its raylet")
+            self.address = _host_and_port(node.gcs_address)
+            return
+        started = {"raylet": "its raylet", "gcs_server": "its GCS"}
+        pids = [(name, info.process.pid) for kind, name in started.items() for info in node.all_processes.get(kind, ())]
+        self.essentials = [each for name, pid in pids for each in essential(name, pid)]
 
     def update(self) -> str | None:
         """Look at everything once; returns what was lost."""
@@ -127,21 +149,20 @@ def lost_sentence(what: str) -> str:
 
 
 @contextmanager
-def watching(watch: ClusterWatch) -> Iterator[None]:
-    """Watch a cluster for the length of the block; an error that comes after its loss is reported
-    as the loss.
+def watching(watch: ClusterWatch) -> Iterator[ClusterWatch]:
+    """Watch a cluster for the length of the block, before it starts too; an error that comes after
+    its loss is reported as the loss.
 
     Raises:
         ClusterLostError: the block raised another error after the cluster was lost.
     """
     global _current
     is_over = threading.Event()
-    threads = [_thread(watch.update, LOOK_EVERY_S, is_over)]
-    if watch.address is not None:
-        threads.append(_thread(watch.try_address, 5 * LOOK_EVERY_S, is_over))
+    _start(watch.update, LOOK_EVERY_S, is_over)
+    _start(watch.try_address, TRY_EVERY_S, is_over)
     before, _current = _current, watch
     try:
-        yield
+        yield watch
     except ClusterLostError:
         raise
     except Exception as error:
@@ -153,36 +174,12 @@ def watching(watch: ClusterWatch) -> Iterator[None]:
         is_over.set()
 
 
-def _thread(look: Callable[[], str | None], every_s: float, is_over: threading.Event) -> threading.Thread:
+def _start(look: Callable[[], str | None], every_s: float, is_over: threading.Event) -> None:
     def run() -> None:
         while not is_over.wait(every_s) and look() is None:
             pass
 
-    thread = threading.Thread(target=run, name="cluster-watch", daemon=True)
-    thread.start()
-    return thread
-
-
-def watch_of_session(address: str, mark: str | None) -> ClusterWatch:
-    """The watch over the cluster to which Ray is connected now.
-
-    Args:
-        address: the address given to Ray.
-        mark: mark of the processes of a cluster that was started here; None for one that was
-            joined.
-    """
-    if address.startswith("ray://"):
-        return ClusterWatch(address=_host_and_port(address.removeprefix("ray://")))
-    from ray._private.worker import _global_node as node
-
-    if node is None:
-        return ClusterWatch()
-    if mark is None:
-        essentials = _listener(node.raylet_socket_name, "its raylet")
-        return ClusterWatch(essentials, address=_host_and_port(node.gcs_address))
-    started = {"raylet": "its raylet", "gcs_server": "its GCS"}
-    pids = [(name, info.process.pid) for kind, name in started.items() for info in node.all_processes.get(kind, ())]
-    return ClusterWatch([each for name, pid in pids for each in essential(name, pid)], mark=mark)
+    threading.Thread(target=run, name="cluster-watch", daemon=True).start()
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:

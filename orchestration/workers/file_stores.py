@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 from dsnet.errors import PreflightError
 
 Result = TypeVar("Result")
+CALL_S = 120.0
+"""Seconds that a file may take between a node and the driver's node."""
 
 
 class FileStore(Protocol):
@@ -181,5 +183,12 @@ class DriverStore:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         import ray
+        from ray.exceptions import GetTimeoutError
 
-        return ray.get(self.keeper.call.remote(name, *arguments))
+        try:
+            return ray.get(self.keeper.call.remote(name, *arguments), timeout=CALL_S)
+        except GetTimeoutError as error:
+            raise PreflightError(
+                f"the driver's node did not answer within {CALL_S:g} s about a file of the run folder; it is overloaded, or the network "
+                "between the nodes is"
+            ) from error

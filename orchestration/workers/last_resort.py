@@ -17,7 +17,7 @@ from dsnet.stop_signals import StopRequest
 from orchestration.workers.cluster_watch import ClusterWatch, current_watch
 from orchestration.workers.runtime import shutdown_hangs
 
-STOP_S = 8.5
+STOP_S = 8.0
 """Seconds between a stop request and the end of the process."""
 LOST_S = 20.0
 """Seconds between the loss of the cluster and the end of the process; Ray would end it, without a
@@ -42,7 +42,9 @@ class Deadline:
         now_s = self._clock()
         if is_stopping and self._stop_s is None:
             self._stop_s = now_s
-        if is_lost and self._lost_s is None:
+        if not is_lost:
+            self._lost_s = None
+        elif self._lost_s is None:
             self._lost_s = now_s
         return any(
             since_s is not None and now_s - since_s >= most_s
@@ -65,8 +67,10 @@ def ended_in_time(request: Callable[[], StopRequest | None], tell: Callable[[str
     def watch() -> None:
         deadline, cluster = Deadline(), None
         while not is_over.wait(LOOK_EVERY_S):
-            asked, cluster = request(), current_watch() or cluster
-            lost = None if cluster is None else cluster.lost
+            asked, now = request(), current_watch()
+            cluster = cluster if now is None else now
+            # Later stages need no cluster, and may go on where it was lost at the very end.
+            lost = cluster.lost if cluster is not None and (now is not None or shutdown_hangs()) else None
             if deadline.is_over(is_stopping=asked is not None and asked(), is_lost=lost is not None):
                 _end(cluster, lambda lost=lost: tell(lost))  # type: ignore[misc]
 

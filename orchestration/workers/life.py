@@ -66,22 +66,27 @@ class Pulse:
         return Pulse(f"{self.key}/{rank}", self.every_s)
 
     @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Give signs of life for the length of the block; called in a worker."""
+    def beating(self, *, at_once: bool = False) -> Iterator[None]:
+        """Give signs of life for the length of the block; called in a worker.
+
+        Args:
+            at_once: give the first sign at the beginning, for work that surely takes longer than
+                their interval.
+        """
         is_over = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(is_over,), name="signs-of-life", daemon=True)
-        thread.start()
+        beat = threading.Thread(target=self._beat, args=(is_over, at_once), name="signs-of-life", daemon=True)
+        beat.start()
         try:
             yield
         finally:
             is_over.set()
-            thread.join(self.every_s)  # it writes that the work has ended
+            beat.join(self.every_s)  # it writes that the work has ended
 
-    def _beat(self, is_over: threading.Event) -> None:
+    def _beat(self, is_over: threading.Event, at_once: bool) -> None:
         import ray
 
         number, pid = 0, os.getpid()
-        while not is_over.wait(self.every_s):
+        while (at_once and number == 0) or not is_over.wait(self.every_s):
             number += 1
             node = ray.get_runtime_context().get_node_id()
             self._put(Sign(node, pid, process_start_time(pid), number))

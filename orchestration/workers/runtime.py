@@ -22,7 +22,7 @@ from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK, child_variables
 from orchestration.environment import prepare_environment
 from orchestration.workers.cluster_processes import MARK, kill_marked, new_mark
-from orchestration.workers.cluster_watch import watch_of_session, watching
+from orchestration.workers.cluster_watch import ClusterWatch, watching
 from orchestration.workers.joining import why_not_joined
 
 LOCAL = "local"
@@ -90,10 +90,11 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     with variables_set(local if settings.address == LOCAL else {}):
         mark = new_mark() if settings.address == LOCAL else None
         try:
-            with _keeping_signal_handlers(), variables_set({} if mark is None else {MARK: mark}):
-                _connect(settings)
-            _print_nothing()
-            with watching(watch_of_session(settings.address, mark)):
+            with watching(ClusterWatch(mark=mark)) as watch:
+                with _keeping_signal_handlers(), variables_set({} if mark is None else {MARK: mark}):
+                    _connect(settings)
+                _print_nothing()
+                watch.observe_session(settings.address)
                 yield
         finally:
             _shut_down(mark)

@@ -307,7 +307,7 @@ def _train_loop(config: Mapping[str, Any]) -> None:
         if outcome.exists():
             return  # an earlier attempt of this launch failed with an error that would occur again
         try:
-            with pulse.of_rank(workers.rank).beating():
+            with pulse.of_rank(workers.rank).beating(at_once=True):
                 train_supernet(
                     first_supernet(job, config["start"]),
                     receive_images(config, job.run.augmentation),

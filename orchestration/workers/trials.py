@@ -46,7 +46,7 @@ object store). Must be picklable: a module-level function, a class, or functools
 START_TIMEOUT_S = 120.0
 MAX_STARTS_LOST = 3
 MAX_STARTS_LATE = 2
-STOP_PATIENCE_S = 2.0
+STOP_PATIENCE_S = 3.0
 """Seconds that trials may go on after a stop request; those that need longer are abandoned."""
 SILENT_BEATS = 3
 """A worker that has missed so many signs of life when its trial has used up its time is to blame,

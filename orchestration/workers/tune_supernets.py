@@ -542,7 +542,7 @@ def _train_member(
         try:
             # Read anew by every attempt: values reported before this worker are not repeated.
             told = work.told()
-            with pulses[name].beating():
+            with pulses[name].beating(at_once=True):
                 _train_and_report(work, place, images, told, report_every)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other members continue
             message = str(error) if isinstance(error, DsnetError) else root_cause(error)

@@ -60,6 +60,11 @@ class ScriptedTrials:
     def _die_once(self, spec: TrialSpec, attempt: int) -> Any:
         return self._work(spec, attempt) if attempt else self._die(spec, attempt)
 
+    def _stop_once(self, spec: TrialSpec, attempt: int) -> Any:
+        if attempt == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return self._work(spec, attempt)
+
     def _die(self, spec: TrialSpec, attempt: int) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
