@@ -301,12 +301,12 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     job: SupernetJob = config["job"]
     torch.set_num_threads(job.threads)
     workers = SingleWorker() if job.workers == 1 else DistributedWorkers()
-    pulse: Pulse = config["pulse"]
     with config["place"].opened(is_writer=workers.rank == 0) as place:
         outcome = place.folder / OUTCOME
         if outcome.exists():
             return  # an earlier attempt of this launch failed with an error that would occur again
         try:
+            pulse: Pulse = config["pulse"]
             with pulse.of_rank(workers.rank).beating(at_once=True):
                 train_supernet(
                     first_supernet(job, config["start"]),

@@ -546,7 +546,7 @@ def test_training_workers_choose_mkls_mode_before_they_do_anything(
     place = SharedFolder(tmp_path, tmp_path / "stop")
     for train in (
         lambda: _train_loop({"job": job, "place": place}),
-        lambda: _train_member({"member": "m"}, {"m": MemberWork(job, "k", place, None, tmp_path)}, {}, 1),
+        lambda: _train_member({"member": "m"}, {"m": MemberWork(job, "k", place, None, tmp_path)}, {}, 1, {}),
     ):
         monkeypatch.delenv(MKL_MODE, raising=False)
         train()
