@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import Formats, export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.mending import mend_run, mend_search
+from orchestration.pipeline.placement import refuse_what_cannot_fit
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
 from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, ray_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
@@ -56,6 +57,8 @@ from orchestration.tracking.rows import (
     write_overview,
     write_subnets,
 )
+from orchestration.workers.node_check import check_nodes
+from orchestration.workers.nodes import cluster_nodes, nodes_in_words
 from orchestration.workers.ray_folder import ray_folder
 from orchestration.workers.runtime import LOCAL, RaySettings, ray_session
 from search.front.points import save_points
@@ -214,8 +217,9 @@ def _run_stages(work: Launch) -> LaunchResult:
     prepared = work.prepared
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     supersede_others(work, plans)
-    needs_ray = not plans["supernet"].is_done or needs_workers(run, plans["search"], config)
-    with ray_where_needed(needs_ray, config, work.prepared, work.progress, work.storage):
+    on_ray: list[str] = [name for name in ("structure", "supernet") if name in plans and not plans[name].is_done]
+    on_ray += ["search"] if needs_workers(run, plans["search"], config) else []
+    with ray_where_needed(on_ray, config, work.prepared, work.progress, work.storage):
         if prepared.structure is not None:
             work = structure_stage(work, plans["structure"])
             refuse_impossible_layout(config, work.prepared.subnets, prepared.image_size)
@@ -263,10 +267,27 @@ def stage_plans(work: Launch) -> dict[str, StagePlan]:
 
 @contextmanager
 def ray_where_needed(
-    is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView, storage: StorageWatch
+    stages: Collection[str],
+    config: SweepConfig,
+    prepared: Prepared,
+    progress: ProgressView,
+    storage: StorageWatch,
+    *,
+    at_a_time: int | None = None,
 ) -> Iterator[None]:
-    """A Ray session for the length of the block if a stage needs it."""
-    if not is_needed:
+    """A Ray session for the length of the block, whose cluster can place everything that runs.
+
+    Args:
+        stages: names of the stages that need Ray; without any there is no session.
+        config: configuration of the sweep.
+        prepared: its training split decides the size of a local object store.
+        progress: says that Ray starts, and what a cluster has that was joined.
+        at_a_time: see `refuse_what_cannot_fit`.
+
+    Raises:
+        PreflightError: Ray does not start, a node differs, or something fits on no node.
+    """
+    if not stages:
         yield
         return
     num_bytes = 0 if config.data.stream else prepared.data.images("train").numel()
@@ -283,6 +304,10 @@ def ray_where_needed(
         check_reserve(reserve)
         storage.add(reserve)
     with ray_session(settings):
+        if settings.address != LOCAL:
+            check_nodes()
+            progress.say(f"the Ray cluster has {nodes_in_words(cluster_nodes(), {'CPU': 1.0, 'GPU': 1.0})}")
+        refuse_what_cannot_fit(config, stages, at_a_time)
         yield
 
 

@@ -33,7 +33,7 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
 from orchestration.config.export import gate_picks, point_sets
-from orchestration.config.resolve import resolve_threads, supernet_space
+from orchestration.config.resolve import supernet_space
 from orchestration.config.schedulers import check_scheduler
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
@@ -51,6 +51,7 @@ from orchestration.pipeline.launch import (
     write_outputs,
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
+from orchestration.pipeline.placement import artifacts_url, training_threads
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
 from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
@@ -90,7 +91,8 @@ from orchestration.tracking.rows import (
     write_artifacts,
     write_bundles,
 )
-from orchestration.workers.runtime import LOCAL, cluster_cpus
+from orchestration.workers.nodes import cluster_nodes
+from orchestration.workers.runtime import LOCAL
 from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.training_watch import StallRules
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
@@ -180,6 +182,8 @@ def tune_member(member: Member, plan: StagePlan, stop_file: Path, threads: int) 
         workers=1,
         is_local=prepared.config.ray.address == LOCAL,
         init_from=None if prepared.start is None else prepared.start.path,
+        artifacts=artifacts_url(prepared.config, plan.folder.path),
+        data_path=prepared.config.data.path,
     )
     return TuneMember(member.name, member.key, job, is_done=plan.is_done)
 
@@ -335,7 +339,9 @@ class _SupernetsLaunch:
         self._supersede_others(plans)
         is_idle = self._is_idle(plans)
         first = _prepared(next(iter(self.members.values())))
-        with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress, self.storage):
+        at_a_time = min(self.config.supernets.concurrent, len(self.members))
+        on_ray = self._stages_on_ray(plans)
+        with ray_where_needed(on_ray, self.config, first, self.progress, self.storage, at_a_time=at_a_time):
             for name in list(self.members):
                 self._choose_subnets(name, plans[name])
             trained = self._train(plans)
@@ -420,6 +426,14 @@ class _SupernetsLaunch:
             if fate.state == "trained"
         )
 
+    def _stages_on_ray(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> set[str]:
+        """Names of the stages that need Ray in some member."""
+        if not self._needs_ray(plans):
+            return set()
+        is_training = self._known_fates(plans).keys() != self.members.keys()
+        is_choosing = any("structure" in own and not own["structure"].is_done for own in plans.values())
+        return {"search", *(["supernet"] if is_training else []), *(["structure"] if is_choosing else [])}
+
     def _is_idle(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> bool:
         """Whether earlier launches have done everything, and the last of them with these
         settings."""
@@ -442,7 +456,7 @@ class _SupernetsLaunch:
         if known.keys() == self.members.keys():
             fates = [known[name] for name in self.members]
         else:
-            threads = resolve_threads(self.config, cluster_cpus(), self.config.supernets.concurrent)
+            threads = training_threads(self.config, cluster_nodes(), self.config.supernets.concurrent)
             prepared = _prepared(next(iter(self.members.values())))
             data = prepared.data
             total = sum(entry.epochs for entry in self.records.entries if entry.name in self.members)

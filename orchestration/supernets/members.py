@@ -198,6 +198,9 @@ def member_config(config: SweepConfig, run: RunDir, settings: Mapping[str, Scala
     plain = config.model_dump(mode="json", exclude={"presets", "supernet"})
     plain["space"] = {key: distribution.written() for key, distribution in gate_space(config).items()}
     plain["storage"]["runs"] = str(run.supernets_dir)
+    if config.storage.artifacts is not None:
+        below = run.supernets_dir.relative_to(run.path.parent).as_posix()
+        plain["storage"]["artifacts"] = f"{config.storage.artifacts.rstrip('/')}/{below}"
     try:
         plain["supernet"] = supernet_with(config.supernet, meant).model_dump(mode="json")
         return SweepConfig.model_validate(plain)
