@@ -15,7 +15,7 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
-from dsnet.errors import DsnetError, StoppedError, StorageError, StorageStoppedError
+from dsnet.errors import DsnetError, StoppedError, StorageError
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.storage_faults import disk_error, storage_error
 from orchestration.serving.settings import ServeSettings
@@ -225,33 +225,33 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
         again: command that continues it after a stop; None = the user's own command.
     """
     from dsnet.stop_signals import stop_on_signals
+    from orchestration.commands.ending import Ending
     from orchestration.commands.sweep import sweep_of
     from orchestration.pipeline.launch import check_failures
     from orchestration.progress import TerminalProgress
     from orchestration.supernets.launch import launch_sweep
+    from orchestration.workers.last_resort import end_if_left_open, ended_in_time
+    from orchestration.workers.runtime import is_left_open
 
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
-    requests: list[StopRequest] = []
+    ending = Ending(progress, again or command)
 
     @contextmanager
     def stop(run: RunDir) -> Iterator[StopRequest]:
-        def first(name: str) -> None:
-            progress.say(f"{name}: stopping after the current step or trial (repeat to stop immediately) ...")
+        with stop_on_signals(run.stop_requested, ending.hear) as ending.request:
+            yield ending.request
 
-        with stop_on_signals(run.stop_requested, first) as request:
-            requests.append(request)
-            yield request
-
-    try:
-        result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
-    except StorageStoppedError as stopped:
-        _fail(stopped)
-        click.echo(f"finished work is kept. When that is corrected, continue with:\n  {again or command}", err=True)
-        return stopped.exit_code
-    except (StoppedError, KeyboardInterrupt):
-        click.echo(f"stopped; finished work is kept. Continue with:\n  {again or command}", err=True)
-        return requests[-1].exit_code if requests else EXIT_INTERRUPTED
+    with ended_in_time(lambda: ending.request, ending.tell_lost):
+        try:
+            result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
+        except (StoppedError, KeyboardInterrupt) as error:
+            return end_if_left_open(ending.tell(error))
+        except DsnetError as error:
+            if is_left_open():
+                _fail(error)
+                end_if_left_open(error.exit_code)
+            raise
     sweep_of(result.results).show_launch(result.bundles)
     check_failures(result.results)
     return 0

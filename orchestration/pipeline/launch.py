@@ -61,6 +61,9 @@ from orchestration.workers.runtime import LOCAL, RaySettings, ray_session
 from search.front.points import save_points
 
 TRACKING_TIMEOUT_S = 30.0
+STOPPED_TRACKING_TIMEOUT_S = 4.0
+"""Seconds that MLflow may take for what is left after a stop request; the next launch writes the
+rest."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,8 @@ def closing_tracker(
         status = "FAILED" if storage_error(error) is None else "KILLED"  # the next launch continues
         raise
     finally:
-        summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
+        timeout_s = STOPPED_TRACKING_TIMEOUT_S if status == "KILLED" else TRACKING_TIMEOUT_S
+        summary = tracker.close(status, end_ms or int(time.time() * 1000), timeout_s)
         if summary.num_unsent:
             progress.warn(
                 f"{plural(summary.num_unsent, 'write')} to MLflow failed; repeat them later with: {command_line('sync', run.path)}"

@@ -371,6 +371,8 @@ def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport)
         actors=Actors(number=config.ray.trial_actors, threads=threads, resources=config.ray.trial_resources),
         limits=TrialLimits(timeout_s=resolve_timeout_s(config), retries=config.trial.retries),
         check=StartCheck(look, report.hear),
+        should_stop=work.stop,
+        tell=lambda text: work.progress.warn(f"search: {text}"),
     )
 
 

@@ -124,14 +124,26 @@ class _OnRay:
                 if points:
                     bar.update(points[-1].metrics["epoch"] or 0.0)
 
-            train_on_ray(job, images, on_points=on_points, should_stop=work.stop)
+            train_on_ray(
+                job,
+                images,
+                on_points=on_points,
+                should_stop=work.stop,
+                stalls=work.stall_rules(f"structure: {base.name}"),
+            )
 
     def _train_beside(self, base: Base, job: SupernetJob, images: TrainingImages) -> None:
         """Train a network at the same time as others; its curves are written when it is trained."""
         work, epochs = self._work, plural(base.run.train.epochs, "epoch")
         work.progress.say(f"structure: {base.name}: {epochs}")
         started, points = time.monotonic(), list[CurvePoint]()
-        train_on_ray(job, images, on_points=points.extend, should_stop=work.stop)
+        train_on_ray(
+            job,
+            images,
+            on_points=points.extend,
+            should_stop=work.stop,
+            stalls=work.stall_rules(f"structure: {base.name}"),
+        )
         took = duration(time.monotonic() - started)
         loss = points[-1].metrics.get(f"loss/{base.subnets.largest.name}") if points else None
         told = "" if loss is None else f", loss {loss:.3g}"
@@ -157,7 +169,7 @@ class _OnRay:
             work.progress.bar(
                 Task("structure: candidates", total, "candidate", line_every=max(1, total // NUM_LINES))
             ) as bar,
-            ray_scorer(job, concurrent) as score,
+            ray_scorer(job, concurrent, should_stop=work.stop, stalls=work.stall_rules("structure")) as score,
         ):
             yield _Shown(bar, score, self._numbers).score
         for path in (stem.with_suffix(".json"), stem.with_suffix(".safetensors"), images):

@@ -55,7 +55,9 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
                     bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1], shown))
 
             data = work.prepared.training_images()
-            stem = train_on_ray(job, data, on_points=on_points, should_stop=work.stop)
+            stem = train_on_ray(
+                job, data, on_points=on_points, should_stop=work.stop, stalls=work.stall_rules("supernet")
+            )
         return supernet_outputs(stem)
 
     was_done = plan.is_done

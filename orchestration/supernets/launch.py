@@ -92,6 +92,7 @@ from orchestration.tracking.rows import (
 )
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
+from orchestration.workers.training_watch import StallRules
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
 from orchestration.workers.tune_supernets import SweepCallbacks, TuneMember, ValImages, stored_fates, train_members
 from search.front.points import save_points, trial_name
@@ -458,6 +459,7 @@ class _SupernetsLaunch:
                         on_points=training.on_points,
                         on_fate=training.on_fate,
                         should_stop=self.stop,
+                        stalls=StallRules(tell=lambda text: self.progress.warn(f"supernets: the worker of {text}")),
                     ),
                 )
         for fate in fates:  # also those that an earlier launch has recorded

@@ -16,7 +16,7 @@ from dsnet import errors
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.settings import Augmentation
 from dsnet.data.training_images import InMemoryImages, TrainingImages
-from dsnet.errors import DsnetError, PreflightError, StoppedError, StorageError
+from dsnet.errors import ClusterLostError, DsnetError, PreflightError, StoppedError, StorageError
 from dsnet.files import atomic_write_json, read_object
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
@@ -25,9 +25,13 @@ from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail
+from orchestration.workers.cluster_watch import check_cluster, lost_sentence
+from orchestration.workers.life import Pulse
+from orchestration.workers.runtime import side_thread
+from orchestration.workers.training_watch import StallRules, TrainingWatch
 
 POLL_S = 0.3
-STOP_GRACE_S = 8.0
+STOP_GRACE_S = 4.0
 """Seconds that training may take to reach its next step boundary after it was asked to stop."""
 WORKER_RETRIES = 2
 """Number of times that lost workers are replaced; training then continues from the newest
@@ -61,6 +65,7 @@ def train_on_ray(
     *,
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
+    stalls: StallRules | None = None,
 ) -> Path:
     """Train the supernet on `job.workers` Ray workers; Ray must be initialised.
 
@@ -72,12 +77,14 @@ def train_on_ray(
         data: the training split; if it is not in memory, it is pickled for the workers.
         on_points: called with new points of the loss curves.
         should_stop: called several times a second; True stops training at the next step.
+        stalls: how silent workers are noticed; None = `StallRules()`.
 
     Returns:
         the stem of the recalibrated checkpoint.
 
     Raises:
         StoppedError: it was stopped; the checkpoints stay, and the next launch continues.
+        ClusterLostError: the cluster, or the controller of Ray Train, was lost.
         PreflightError: the cluster has too few CPUs or GPUs for the workers.
         NonFiniteLossError, CheckpointError, StorageError: as the training loop.
         DsnetError: the workers failed for another reason.
@@ -88,16 +95,28 @@ def train_on_ray(
     outcome = job.folder / "outcome.json"
     outcome.unlink(missing_ok=True)
     job.folder.mkdir(parents=True, exist_ok=True)
-    config = {"job": job, **send_images(data)}
+    rules = stalls if stalls is not None else StallRules()
+    pulse = Pulse.new(rules.beat_s)
+    config = {"job": job, "pulse": pulse, **send_images(data)}
     failures: list[BaseException] = []
     is_abandoned = threading.Event()
     fit = partial(_fit_alone, is_abandoned=is_abandoned) if job.workers == 1 else _fit_group
-    thread = threading.Thread(target=fit, args=(config, failures), name="ray-train", daemon=True)
+    thread = side_thread(partial(fit, config, failures), "train")
     tail = CurveTail(job.folder / "curves.jsonl")
+    watch = TrainingWatch(
+        {
+            "the training worker" if job.workers == 1 else f"training worker {rank} of {job.workers}": pulse.of_rank(
+                rank
+            )
+            for rank in range(job.workers)
+        },
+        rules,
+    )
     thread.start()
     try:
-        _follow(thread, tail, on_points, should_stop, job.stop_file)
+        _follow(thread, tail, on_points, should_stop, job.stop_file, watch)
     finally:
+        watch.close()
         is_abandoned.set()
         on_points(tail.read())
         shutil.rmtree(job.folder / "ray", ignore_errors=True)
@@ -109,6 +128,9 @@ def train_on_ray(
         fault = storage_error(failures[0])
         if fault is not None:
             raise fault from failures[0]
+        check_cluster()
+        if _is_controller_lost(failures[0]):
+            raise ClusterLostError(lost_sentence("the controller of Ray Train has ended")) from failures[0]
         workers = "worker" if job.workers == 1 else "workers"
         raise DsnetError(f"the training {workers} failed: {root_cause(failures[0])}") from failures[0]
     return job.folder / FINAL
@@ -218,11 +240,20 @@ def _follow(
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
     stop_file: Path,
+    watch: TrainingWatch,
 ) -> None:
     asked_at: float | None = None
+    last_s = time.monotonic()
     while thread.is_alive():
         thread.join(POLL_S)
-        on_points(tail.read())
+        points = tail.read()
+        on_points(points)
+        if points:
+            watch.took(time.monotonic() - last_s)
+            last_s = time.monotonic()
+        if not (asked_at is not None or should_stop()):
+            check_cluster()
+            watch.look()
         if asked_at is None and should_stop():
             stop_file.touch()
             asked_at = time.monotonic()
@@ -245,16 +276,18 @@ def _train_loop(config: Mapping[str, Any]) -> None:
         return  # an earlier attempt of this launch failed with an error that would occur again
     torch.set_num_threads(job.threads)
     workers = SingleWorker() if job.workers == 1 else DistributedWorkers()
+    pulse: Pulse = config["pulse"]
     try:
-        train_supernet(
-            first_supernet(job),
-            receive_images(config, job.run.augmentation),
-            job.run,
-            folder=job.folder,
-            device=job.device,
-            workers=workers,
-            callbacks=TrainingCallbacks(should_stop=job.stop_file.exists),
-        )
+        with pulse.of_rank(workers.rank).beating(at_once=True):
+            train_supernet(
+                first_supernet(job),
+                receive_images(config, job.run.augmentation),
+                job.run,
+                folder=job.folder,
+                device=job.device,
+                workers=workers,
+                callbacks=TrainingCallbacks(should_stop=job.stop_file.exists),
+            )
     except StorageError:
         raise  # where it could be recorded, nothing can be written
     except DsnetError as error:
@@ -262,6 +295,14 @@ def _train_loop(config: Mapping[str, Any]) -> None:
         atomic_write_json(outcome, record)
         if job.workers > 1:
             raise  # the others wait in an all-reduce; the group must end
+
+
+def _is_controller_lost(error: BaseException) -> bool:
+    """Whether the actor of Ray Train that directs the workers has ended. Lost workers come as
+    errors of Ray Train."""
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError)
 
 
 def _raise_outcome(record: Mapping[str, Any]) -> None:

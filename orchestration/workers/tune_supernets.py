@@ -22,7 +22,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,9 @@ from dsnet.training.supernet import FINAL, TrainingCallbacks, recalibration_batc
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail
-from orchestration.workers.runtime import variables_set
+from orchestration.workers.cluster_watch import check_cluster
+from orchestration.workers.life import Pulse
+from orchestration.workers.runtime import side_thread, variables_set
 from orchestration.workers.supernet import (
     POLL_S,
     STOP_GRACE_S,
@@ -57,6 +60,7 @@ from orchestration.workers.supernet import (
     root_cause,
     send_images,
 )
+from orchestration.workers.training_watch import StallRules, TrainingWatch
 from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules, known_fates
 from search.front.pareto import DEFAULT_OBJECTIVES, REFERENCE_MARGIN, hypervolume
 
@@ -183,6 +187,8 @@ class SweepCallbacks:
     """Called with a member's outcome as soon as its training has ended in this call."""
     should_stop: Callable[[], bool] = lambda: False
     """Called several times a second; True stops all training at the next step."""
+    stalls: StallRules = field(default_factory=StallRules)
+    """How silent workers are noticed, and told by the name of their member."""
 
 
 def train_members(
@@ -218,6 +224,7 @@ def train_members(
 
     Raises:
         StoppedError: it was stopped; the next call continues.
+        ClusterLostError: the cluster was lost.
         PreflightError: the cluster has too few CPUs or GPUs.
         ConfigError: the scheduler cannot be made, or several workers were asked for.
         CheckpointError: the ledger cannot be read or written.
@@ -285,6 +292,7 @@ class _TuneRun:
         self._tune_folder = ledger.path.parent / "tune"
         self._asked_to_stop = threading.Event()
         self._fault: StorageError | None = None
+        self._pulses = {member.name: Pulse.new(callbacks.stalls.beat_s) for member in pending}
         self.fates: dict[str, MemberFate] = {}
 
     def run(self, images: Mapping[str, Any]) -> None:
@@ -301,12 +309,14 @@ class _TuneRun:
         self._tune_folder.mkdir(parents=True)
         failures: list[BaseException] = []
         # Not in the main thread: there Tune would replace our handler of Ctrl-C by its own.
-        thread = threading.Thread(target=self._tune, args=(scheduler, images, failures), name="ray-tune", daemon=True)
+        thread = side_thread(partial(self._tune, scheduler, images, failures), "tune")
+        watch = TrainingWatch(self._pulses, self._callbacks.stalls)
         with variables_set(_ENVIRONMENT):
             thread.start()
             try:
-                self._follow(thread)
+                self._follow(thread, lambda: watch.look(scheduler.is_running))
             finally:
+                watch.close()
                 self._pass_on()
                 if not thread.is_alive():
                     shutil.rmtree(self._tune_folder, ignore_errors=True)
@@ -316,8 +326,10 @@ class _TuneRun:
         if self._fault is not None:
             raise self._fault
         if failures:
+            check_cluster()
             raise _tune_error(failures[0]) from failures[0]
         if missing:
+            check_cluster()
             raise DsnetError(f"Ray Tune ended without a result for {', '.join(missing)}; launch again")
 
     def _scheduler(self) -> Any:
@@ -360,6 +372,7 @@ class _TuneRun:
                     images=dict(images),
                     ledger_path=self._ledger.path,
                     report_every=self._rules.report_every,
+                    pulses=self._pulses,
                 ),
                 name="supernets",
                 config={MEMBER: tune.grid_search([member.name for member in self._members])},
@@ -385,11 +398,14 @@ class _TuneRun:
         why = f": {root_cause(error)}" if error is not None else ""
         return f"its worker failed {WORKER_RETRIES + 1} times{why}"
 
-    def _follow(self, thread: threading.Thread) -> None:
+    def _follow(self, thread: threading.Thread, look: Callable[[], None]) -> None:
         asked_at: float | None = None
         while thread.is_alive():
             thread.join(POLL_S)
             self._pass_on()
+            if not self._is_stopping():
+                check_cluster()
+                look()
             if asked_at is None and self._callbacks.should_stop():
                 self._asked_to_stop.set()
                 for path in self._stop_files:
@@ -440,6 +456,7 @@ def _train_member(
     images: Mapping[str, Any],
     ledger_path: Path,
     report_every: int,
+    pulses: Mapping[str, Pulse],
 ) -> None:
     """The function of a trial: trains one supernet, from its checkpoint if it has one. Errors are
     recorded, not raised, because Tune would start it again."""
@@ -452,7 +469,8 @@ def _train_member(
     try:
         # Read anew by every attempt: values reported before this worker started are not repeated.
         told = dict(Ledger(ledger_path).reports(keys[name]))
-        _train_and_report(job, images, told, report_every)
+        with pulses[name].beating(at_once=True):
+            _train_and_report(job, images, told, report_every)
     except Exception as error:  # whatever it is, the other members continue
         if (fault := storage_error(error)) is not None:
             raise fault from error  # nothing could be recorded, and the other members meet it too

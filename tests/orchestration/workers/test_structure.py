@@ -15,6 +15,7 @@ from dsnet.stored.checkpoint import save_supernet
 from dsnet.structure.method import Candidate
 from dsnet.structure.scoring import HoldOutScorer
 from orchestration.workers.structure import ScoringJob, _Actors, ray_scorer
+from orchestration.workers.training_watch import StallRules
 from tests.dsnet.samples import lively_supernet, random_labels, random_pixels
 
 pytestmark = pytest.mark.ray
@@ -47,10 +48,10 @@ def test_scores_are_those_of_one_process_also_when_an_actor_is_lost(ray_cluster:
     assert len(set(wanted)) > 2
     with ray_scorer(job, 1) as score:
         assert [each.num_correct for each in score(candidates())] == wanted
-    actors = _Actors(job, 2)
+    actors = _Actors(job, 2, lambda: False, StallRules())
     scores = actors.score(candidates())
     found = [next(scores).num_correct]
-    ray.kill(actors._actors[0], no_restart=False)
+    ray.kill(next(iter(actors._running.values())).actor, no_restart=False)
     found += [each.num_correct for each in scores]
     actors.close()
     assert found == wanted

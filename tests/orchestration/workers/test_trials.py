@@ -20,7 +20,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
-from dsnet.errors import ConfigError, PreflightError, StorageError
+from dsnet.errors import ConfigError, PreflightError, StoppedError, StorageError
 from dsnet.import_path import WORKER_HOOK
 from orchestration.environment import prepare_environment
 from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers
@@ -36,6 +36,7 @@ from tests.orchestration.workers.gate_studies import SPACE, gate_study, gate_tri
 from tests.orchestration.workers.scripted import (
     ScriptedCohort,
     die_while_building,
+    hang_while_building,
     one_by_one,
     refuse_to_build,
 )
@@ -455,6 +456,35 @@ def test_workers_that_die_while_they_start_end_the_sweep(empty_cluster: None, mo
     runner = RayRunner(die_while_building, arrays=ARRAYS, actors=Actors(number=1))
     with pytest.raises(PreflightError, match="trial workers failed to start 2 times"):
         list(runner.run(specs("work")))
+    runner.close()
+
+
+def test_workers_that_do_not_start_in_time_are_told_and_then_end_the_sweep(
+    empty_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.workers.trials.START_TIMEOUT_S", 0.3)
+    told: list[str] = []
+    runner = RayRunner(hang_while_building, arrays=ARRAYS, actors=Actors(number=1), tell=told.append)
+    with pytest.raises(PreflightError, match=r"did not start within 0\.3 s, 2 times in a row"):
+        list(runner.run(specs("work")))
+    runner.close()
+    assert told == ["a trial worker did not start within 0.3 s; another one is started"]
+
+
+def test_a_stop_request_ends_trials_that_need_longer(
+    empty_cluster: None, folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.workers.trials.STOP_PATIENCE_S", 0.2)
+    make = functools.partial(one_by_one, place=place)
+    stop = folder.with_name("stop")
+    runner = RayRunner(make, arrays=ARRAYS, actors=Actors(number=1), should_stop=stop.exists)
+    outcomes = runner.run(specs("work", "hang"))
+    assert next(outcomes).slot == 0
+    stop.touch()
+    began_s = time.monotonic()
+    with pytest.raises(StoppedError, match="finished trials are kept"):
+        next(outcomes)
+    assert time.monotonic() - began_s < 5.0
     runner.close()
 
 

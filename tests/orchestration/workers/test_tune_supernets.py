@@ -134,7 +134,7 @@ def test_a_worker_that_is_lost_after_the_launch_has_ended_is_not_started_again(
     data = DiesLater(swept.sweep.train, tmp_path / "deaths", times=9)
     with pytest.raises(StoppedError):
         train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: data.deaths == 1)
-    (training,) = (thread for thread in threading.enumerate() if thread.name == "ray-train")
+    (training,) = (thread for thread in threading.enumerate() if thread.name == "ray-side-train")
     job.stop_file.unlink()
     (tmp_path / "may-die").touch()
     training.join(30.0)
@@ -545,7 +545,7 @@ def test_training_workers_choose_mkls_mode_before_they_do_anything(
     job: Any = SimpleNamespace(folder=tmp_path)
     for train in (
         lambda: _train_loop({"job": job}),
-        lambda: _train_member({"member": "m"}, {"m": job}, {}, {}, tmp_path, 1),
+        lambda: _train_member({"member": "m"}, {"m": job}, {}, {}, tmp_path, 1, {}),
     ):
         monkeypatch.delenv(MKL_MODE, raising=False)
         train()
