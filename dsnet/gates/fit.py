@@ -40,9 +40,6 @@ from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import TableRun, run_on_table
 from dsnet.space.cost import gate_madds
 
-COLLAPSE_SHARE = 0.99
-"""A router that sends a larger share of the images down one route is flagged as collapsed."""
-
 
 @dataclass(frozen=True)
 class GateFit:

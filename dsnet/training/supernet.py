@@ -35,6 +35,7 @@ from dsnet.stored.checkpoint import (
     supernet_meta,
     tensors_below,
 )
+from dsnet.stored.names import FINAL
 from dsnet.training.balance import class_weights, epoch_order
 from dsnet.training.curves import Curves, Progress, Reporter, SilentReporter
 from dsnet.training.losses import scale_penalty
@@ -44,7 +45,6 @@ from dsnet.training.step import StepPlan, StepRules, supernet_step
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker, Workers
 
-FINAL = "final"
 REPORTS_PER_EPOCH = 4
 
 

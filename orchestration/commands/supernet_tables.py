@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from orchestration.commands.plan_supernets import SupernetsPlan
-    from orchestration.supernets.members import Member, MemberEntry
+    from orchestration.supernets.entries import MemberEntry
+    from orchestration.supernets.members import Member
     from orchestration.supernets.results import SupernetSweepResults
 
 

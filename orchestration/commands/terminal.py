@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dsnet.data.registry import find_data_set
-from dsnet.data.splits import FEW_IMAGES
+from dsnet.data.settings import FEW_IMAGES
 from dsnet.import_path import ALLOW_IMPORTS
-from dsnet.measure.latency import latency_metric
+from dsnet.measure.latency_table import latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import find_metric
 from dsnet.wording import duration, plural, signed
@@ -31,13 +31,13 @@ from orchestration.runs.lock import read_lock
 from orchestration.tracking.database import database_of, is_server
 from orchestration.tracking.location import store_uri
 from orchestration.wrapping import wrapped
-from search.front.analysis import optimism
+from search.front.analysis_records import optimism
 from search.front.points import trial_name
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dsnet.measure.latency import LatencyTable
+    from dsnet.measure.latency_table import LatencyTable
     from orchestration.commands.bundle_check import Check
     from orchestration.commands.measure_again import MeasuredAgain
     from orchestration.results.protocol import Results

@@ -20,7 +20,8 @@ from dsnet.deploy.materialize import materialize
 from dsnet.deploy.onnx_files import GraphSegments, open_model, write_graphs
 from dsnet.deploy.segments import Segments
 from dsnet.errors import VerificationError
-from dsnet.measure.latency import MachineLoad, Timing, device_name, time_interleaved, waiter
+from dsnet.measure.latency import device_name, time_interleaved, waiter
+from dsnet.measure.latency_table import MachineLoad, Timing
 from dsnet.measure.settings import LatencySettings
 from dsnet.network.precision import exact_float32
 from dsnet.network.supernet import Supernet

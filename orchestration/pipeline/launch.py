@@ -16,7 +16,7 @@ from dsnet.data.splits import SPLIT_NAMES
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.sweep import SweepConfig
@@ -55,7 +55,7 @@ from orchestration.tracking.rows import (
     write_subnets,
 )
 from orchestration.workers.runtime import RaySettings, ray_session
-from search.front.points import save_points
+from search.front.points_file import save_points
 
 TRACKING_TIMEOUT_S = 30.0
 

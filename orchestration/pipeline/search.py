@@ -22,7 +22,7 @@ from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.resolve import (

@@ -22,7 +22,8 @@ from dsnet.data.training_images import TrainingImages
 from dsnet.environment import resolve_device
 from dsnet.files import read_stored
 from dsnet.network.supernet import Supernet
-from dsnet.stored.checkpoint import STRUCTURE, save_supernet
+from dsnet.stored.checkpoint import save_supernet
+from dsnet.stored.names import STRUCTURE
 from dsnet.structure.method import Base, Candidate, Score
 from dsnet.structure.methods import structure_method
 from dsnet.structure.search import Scorer

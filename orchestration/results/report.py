@@ -35,7 +35,7 @@ from dashboards.widths import LatencySeries, WidthsInfo
 from dsnet.data.registry import find_data_set
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json_lines, understood
-from dsnet.measure.latency import LatencyTable, latency_metric
+from dsnet.measure.latency_table import LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import top1_by_class
 from dsnet.routing.table_routing import run_on_table, static_run
@@ -50,7 +50,7 @@ from orchestration.results.training_review import review
 from orchestration.results.trial_list import broken_constraints
 from orchestration.results.verified import Verified
 from orchestration.runs.folder import RunDir
-from search.front.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis, is_collapsed, optimism
+from search.front.analysis_records import Interval, PointAnalysis, RouterShare, SplitAnalysis, is_collapsed, optimism
 from search.front.controls import StaticLine
 from search.front.pareto import hypervolume, hypervolume_trace
 from search.front.points import PointRow, trial_name

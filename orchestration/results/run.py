@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError
 from dsnet.files import known_sha256, read_object, read_sealed, read_stored, understood
-from dsnet.measure.latency import BatchClock, LatencyTable, device_of, latency_metric
+from dsnet.measure.latency_table import BatchClock, LatencyTable, device_of, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import added_metrics
 from dsnet.routers.base import Router
@@ -23,7 +23,7 @@ from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import static_run
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from orchestration.config.command_lines import launch_command
 from orchestration.config.export import check_pick, gate_picks
 from orchestration.config.sweep import SweepConfig
@@ -38,9 +38,10 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.queue import read_queue
 from orchestration.runs.stages import StageDir, check_origins
-from search.front.analysis import BudgetPick, budget_picks, front_slots, pickable, spread_along_front
+from search.front.analysis_records import BudgetPick
 from search.front.pareto import REFERENCE_MARGIN, apply_pick, parse_pick
 from search.front.points import PointRow, control_points, gate_points, subnet_points, trial_name
+from search.front.selection import budget_picks, front_slots, pickable, spread_along_front
 from search.gate_trial import router_of
 from search.study.study import TrialRecord, has_study, load_enqueued, load_records
 

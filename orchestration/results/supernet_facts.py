@@ -13,11 +13,10 @@ from dsnet.families import GatePlace, Task, get_family, layout
 from dsnet.files import read_object, understood
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.stored.names import FINAL, STRUCTURE
 from dsnet.structure.method import Base
 from dsnet.structure.methods import structure_method
 from dsnet.training.settings import REGIMES
-from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.wording import plural
 from orchestration.config.supernet import CHECKPOINT_MODEL, resolve_regime

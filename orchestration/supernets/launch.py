@@ -22,7 +22,7 @@ from dsnet.errors import CheckpointError, ConfigError, DsnetError, NotFoundError
 from dsnet.files import read_sealed, write_sealed
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.export import gate_picks, point_sets
 from orchestration.config.resolve import resolve_threads, supernet_space
@@ -56,7 +56,8 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDir, StagePlan, begin_stage, finish_stage, record_done
-from orchestration.supernets.members import Member, MemberEntry, draw_members, read_entries, write_entries
+from orchestration.supernets.entries import MemberEntry, read_entries, write_entries
+from orchestration.supernets.members import Member, draw_members
 from orchestration.supernets.report import write_supernets_report
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
@@ -85,7 +86,8 @@ from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
 from orchestration.workers.tune_supernets import SweepCallbacks, TuneMember, ValImages, stored_fates, train_members
-from search.front.points import save_points, trial_name
+from search.front.points import trial_name
+from search.front.points_file import save_points
 from search.study.study import TrialRecord
 
 Stop = Callable[[RunDir], AbstractContextManager[StopRequest]]

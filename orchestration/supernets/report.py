@@ -26,7 +26,7 @@ from orchestration.results.report import bundle_commands, capital, headline, not
 from orchestration.results.run import RunResults
 from orchestration.results.structure import training_cost
 from orchestration.results.training_review import review
-from orchestration.supernets.members import MemberEntry
+from orchestration.supernets.entries import MemberEntry
 from orchestration.supernets.results import SupernetSweepResults
 from search.front.pareto import REFERENCE_MARGIN, hypervolume
 from search.front.points import trial_name

@@ -15,7 +15,7 @@ from orchestration.results.run import RunResults
 from orchestration.runs.curves import CurvePoint
 from orchestration.runs.folder import RunDir, mlflow_artifact_root
 from orchestration.runs.manifest import Manifest
-from orchestration.supernets.members import MemberEntry
+from orchestration.supernets.entries import MemberEntry
 from orchestration.supernets.report import global_headline, supernets_info, sweep_training_notes
 from orchestration.supernets.results import SupernetSweepResults
 from orchestration.tracking.background import MlflowTracker

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, percent, router_name, significant
 from dsnet.files import read_stored
+from dsnet.stored.names import FINAL
 from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.structure.stage import BASES
-from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig

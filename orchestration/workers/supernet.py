@@ -20,7 +20,7 @@ from dsnet.errors import DsnetError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_object
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail

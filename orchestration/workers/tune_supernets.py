@@ -41,7 +41,8 @@ from dsnet.network.prefix_tree import each_logits
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL, TrainingCallbacks, recalibration_batches, train_supernet
+from dsnet.stored.names import FINAL
+from dsnet.training.supernet import TrainingCallbacks, recalibration_batches, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail

@@ -14,16 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsnet.errors import NonFiniteLossError
-from dsnet.gates.fit import (
-    COLLAPSE_SHARE,
-    GateFit,
-    best_pair,
-    calibrate_heads,
-    fit_gate,
-    fit_gates,
-    score_run,
-)
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.fit import GateFit, best_pair, calibrate_heads, fit_gate, fit_gates, score_run
+from dsnet.gates.settings import COLLAPSE_SHARE, GateSettings
 from dsnet.routers.cascade import CascadeRouter, LearnedCascadeRouter
 from dsnet.routers.gate import GateRouter
 from dsnet.routers.tree import GatesRouter

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from search.front.points import load_points
+from search.front.points_file import load_points
 from tests.orchestration.samples import SWEEP, WITHOUT_MLFLOW, Answer
 
 RUN = Path("runs", "tiny")
