@@ -37,7 +37,8 @@ from dsnet.routers.head import Head
 from dsnet.routers.kinds import kind_names
 from dsnet.routing.calibration import calibrate, confidence_threshold, nearest_price
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import TableRun
 from dsnet.space.cost import gate_madds
 
 

@@ -82,8 +82,12 @@ def tell(text: str, indent: str = "") -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON."""
-    _console().print(json.dumps(value, indent=1, allow_nan=False), markup=False, soft_wrap=True)
+    """Print a value as JSON; a list has a line for each item, which is quick for thousands."""
+    if isinstance(value, list) and value:
+        text = "[\n" + ",\n".join(json.dumps(item, allow_nan=False) for item in value) + "\n]"
+    else:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    sys.stdout.write(f"{text}\n")
 
 
 def show_table(
@@ -286,7 +290,7 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mapping[str, Any]]) -> None:
-    from orchestration.results.report import timing_doubt
+    from orchestration.results.timing_doubt import timing_doubt
 
     size = max(verified.latency.gates)
     widest_ms = verified.latency.widest[size].median_ms

@@ -28,7 +28,8 @@ from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router
 from dsnet.routing.retrace import Retrace
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import TableRun
 from dsnet.space.route_tree import RouteTree
 from orchestration.results.verified import Agreement, DynamicLatency
 

@@ -18,7 +18,8 @@ from dsnet.gates.fit import score_run
 from dsnet.gates.settings import COLLAPSE_SHARE
 from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import TableRun
 from search.front.analysis_records import BudgetPick, Interval, PointAnalysis, RouterShare, SplitAnalysis
 from search.front.ceiling import CeilingCurve, RouteForecast
 from search.front.controls import (

@@ -26,7 +26,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
 from search.study.halving import ParetoHalving
-from search.study.journal_chain import MARK, ChainWriter, chain_path, check_journal
+from search.study.journal_chain import MARK, ChainWriter, chain_path, checked_lines
+from search.study.journal_reader import JournalTrial, read_lines
 from search.study.runner import State
 from search.suggest.samplers import SamplerSettings, check_sampler, quiet_optuna
 from search.suggest.space import Scalar, Space, check_point, parse_space
@@ -213,7 +214,7 @@ class StudyJournal:
                 changed.
             PreflightError: it cannot be written.
         """
-        check_journal(path)
+        checked_lines(path)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             repair_journal(path)
@@ -231,7 +232,7 @@ class StudyJournal:
 
     def records(self) -> list[TrialRecord]:
         """All finished trials in slot order."""
-        return _by_slot(self.trials(), self._study.user_attrs)
+        return _by_slot(list(map(record_of, self.trials())), self._study.user_attrs)
 
     def append(self, suggestion: Suggestion, record: TrialRecord) -> None:
         """Write a finished trial as one record; it is on disk when this returns.
@@ -301,9 +302,16 @@ def load_records(path: Path) -> list[TrialRecord]:
         CheckpointError: the file is not a journal of ours, or records of it are missing or were
             changed.
     """
-    check_journal(path)
+    lines = checked_lines(path)
     if not path.is_file():
         raise NotFoundError(f"no study at {path}: the search has not begun; launch the sweep first")
+    content = read_lines(lines)
+    if content is not None:
+        if content.trials and _IDENTITY_ATTR not in content.user_attrs:
+            raise _foreign(path)
+        with _reading(path):
+            records = [_record(number, trial) for number, trial in enumerate(content.trials)]
+            return _by_slot(records, content.user_attrs)
     with _reading(path):
         storage = JournalStorage(JournalFileBackend(str(path)))
     studies = storage.get_all_studies()
@@ -313,7 +321,7 @@ def load_records(path: Path) -> list[TrialRecord]:
     if trials and _IDENTITY_ATTR not in studies[0].user_attrs:
         raise _foreign(path)
     with _reading(path):
-        return _by_slot(trials, studies[0].user_attrs)
+        return _by_slot(list(map(record_of, trials)), studies[0].user_attrs)
 
 
 def has_study(path: Path) -> bool:
@@ -328,17 +336,19 @@ def load_enqueued(path: Path) -> dict[int, dict[str, Scalar]]:
     Raises:
         CheckpointError: the file is not a journal, or records of it are missing or were changed.
     """
-    check_journal(path)
-    with _reading(path):
-        storage = JournalStorage(JournalFileBackend(str(path)))
-    studies = storage.get_all_studies()
-    noted = studies[0].user_attrs.get(_ENQUEUED_ATTR, {}) if studies else {}
+    content = read_lines(checked_lines(path))
+    if content is not None:
+        noted = content.user_attrs.get(_ENQUEUED_ATTR, {})
+    else:
+        with _reading(path):
+            storage = JournalStorage(JournalFileBackend(str(path)))
+        studies = storage.get_all_studies()
+        noted = studies[0].user_attrs.get(_ENQUEUED_ATTR, {}) if studies else {}
     return {int(slot): point for slot, point in noted.items()}
 
 
-def _by_slot(trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]) -> list[TrialRecord]:
+def _by_slot(records: Sequence[TrialRecord], attrs: Mapping[str, Any]) -> list[TrialRecord]:
     noted = {int(slot): str(sha256) for slot, sha256 in attrs.get(_ARRAYS_ATTR, {}).items()}
-    records = [record_of(trial) for trial in trials]
     again = [replace(each, arrays_sha256=noted[each.slot]) if each.slot in noted else each for each in records]
     return sorted(again, key=lambda record: record.slot)
 
@@ -368,18 +378,27 @@ def repair_journal(path: Path) -> int:
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
     """Convert a finished trial of ours from Optuna's form."""
+    finished_ms = 0 if trial.datetime_complete is None else round(1000 * trial.datetime_complete.timestamp())
+    values = None if trial.values is None else tuple(trial.values)
+    plain = JournalTrial(
+        trial.state.value, values, trial.params, trial.user_attrs, trial.constraints, finished_ms=finished_ms
+    )
+    return _record(trial.number, plain)
+
+
+def _record(number: int, trial: JournalTrial) -> TrialRecord:
     attrs = trial.user_attrs
     return TrialRecord(
         slot=attrs["slot"],
-        number=trial.number,
-        state=_STATES[trial.state],
+        number=number,
+        state=_STATES[TrialState(trial.state)],
         params=trial.params,
-        values=None if trial.values is None else tuple(trial.values),
+        values=trial.values,
         metrics=attrs["metrics"],
         reason=attrs["reason"],
         duration_s=attrs["duration_s"],
         constraints=trial.constraints,
-        finished_ms=0 if trial.datetime_complete is None else round(1000 * trial.datetime_complete.timestamp()),
+        finished_ms=trial.finished_ms,
         rungs={int(rung): tuple(values) for rung, values in attrs.get("rungs", {}).items()},
         arrays_sha256=attrs.get("arrays_sha256"),
     )

@@ -20,7 +20,8 @@ from dsnet.routers.cascade import CascadeRouter, LearnedCascadeRouter
 from dsnet.routers.gate import GateRouter
 from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import GateColumns, RoutingTable
-from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import TableRun
 from tests.dsnet.samples import ROUTER_KINDS, random_head, random_table
 
 QUICK = GateSettings(steps=40, batch_size=32, hidden_units=5)

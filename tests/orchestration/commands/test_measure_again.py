@@ -10,7 +10,8 @@ import pytest
 
 from dsnet.measure.latency_table import MachineLoad
 from orchestration.commands.measure_again import study_sentence
-from orchestration.results.report import timing_doubt, widths_of
+from orchestration.results.report import widths_of
+from orchestration.results.timing_doubt import timing_doubt
 from tests.orchestration.samples import Finished, call, results_in
 
 pytestmark = pytest.mark.ray
