@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 
 from dsnet.data.settings import Augmentation
 from dsnet.errors import CheckpointError, NothingFeasibleError, StoppedError
-from dsnet.files import atomic_write_bytes, set_aside
+from dsnet.files import atomic_write_bytes, known_sha256, set_aside
 from dsnet.gates.end_to_end import GateImages
 from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.settings import MAIN_DEVICE
@@ -93,6 +93,8 @@ def trials_without_gate(run: RunDir, plan: StagePlan) -> list[TrialRecord]:
 def _lacks_gate(path: Path, record: TrialRecord) -> bool:
     if record.arrays_sha256 is None and record.state != "complete":
         return False
+    if record.arrays_sha256 is not None:  # with its hash, it need not be read any further
+        return not path.is_file() or known_sha256(path) != record.arrays_sha256
     try:
         load_router(path, record.arrays_sha256)
     except CheckpointError:

@@ -197,9 +197,14 @@ class StudyJournal:
         self.settings = settings
         self._path = path
         self._study = study
-        noted = study.user_attrs.get(_ENQUEUED_ATTR, {})
+        # Optuna copies all attributes at every access.
+        attrs = study.user_attrs
+        noted = attrs.get(_ENQUEUED_ATTR, {})
         self._enqueued: dict[int, dict[str, Scalar]] = {int(slot): point for slot, point in noted.items()}
+        self._stages = {name: _stages_in(stages) for name, stages in attrs.items() if name.startswith(f"{_RUNG_ATTR}:")}
         self._chain = ChainWriter(path)
+        self._shared = SharedDistributions()
+        self._num_trials = len(self.trials())
 
     @classmethod
     def open(cls, path: Path, settings: StudySettings) -> StudyJournal:
@@ -228,7 +233,9 @@ class StudyJournal:
     def trials(self) -> list[FrozenTrial]:
         """All finished trials as Optuna's objects, in the order of their numbers; not copies, and
         not to be changed."""
-        return self._study.get_trials(deepcopy=False)
+        trials = self._study.get_trials(deepcopy=False)
+        self._shared.share(trials)
+        return trials
 
     def records(self) -> list[TrialRecord]:
         """All finished trials in slot order."""
@@ -242,7 +249,7 @@ class StudyJournal:
             PreflightError: it cannot be written; nothing of the trial is kept, and the next `open`
                 repairs the file.
         """
-        number = len(self.trials())
+        number = self._num_trials
         if record.number != number:
             raise ValueError(
                 f"slot {record.slot} was to be trial number {record.number}, but the next number is {number}"
@@ -253,6 +260,7 @@ class StudyJournal:
             )
         with self._recording():
             self._study.add_trial(_frozen(suggestion, record))
+        self._num_trials += 1
 
     @property
     def enqueued(self) -> dict[int, dict[str, Scalar]]:
@@ -269,14 +277,14 @@ class StudyJournal:
     def stage(self, first_slot: int, rung: int) -> dict[int, RungRecord]:
         """Known results, by slot, of the trials of one cohort at a rung; the cohort is given by its
         first slot."""
-        noted = self._study.user_attrs.get(f"{_RUNG_ATTR}:{first_slot}:{rung}", {})
-        return {int(slot): RungRecord(**item) for slot, item in noted.items()}
+        return dict(self._stages.get(_rung_attr(first_slot, rung), {}))
 
     def note_stage(self, first_slot: int, rung: int, stages: Mapping[int, RungRecord]) -> None:
         """Store the results of a cohort's trials at a rung; they are on disk when this returns."""
         noted = {str(slot): asdict(stage) for slot, stage in stages.items()}
         with self._recording():
-            self._study.set_user_attr(f"{_RUNG_ATTR}:{first_slot}:{rung}", noted)
+            self._study.set_user_attr(_rung_attr(first_slot, rung), noted)
+        self._stages[_rung_attr(first_slot, rung)] = dict(stages)
 
     def note_arrays(self, slot: int, sha256: str) -> None:
         """Store the SHA-256 of arrays of a recorded trial that were made again with other bits."""
@@ -290,6 +298,31 @@ class StudyJournal:
         with _writing(self._path):
             yield
             self._chain.catch_up()
+
+
+def _rung_attr(first_slot: int, rung: int) -> str:
+    """The attribute with the results of a cohort at a rung."""
+    return f"{_RUNG_ATTR}:{first_slot}:{rung}"
+
+
+def _stages_in(noted: Mapping[str, Any]) -> dict[int, RungRecord]:
+    return {int(slot): RungRecord(**item) for slot, item in noted.items()}
+
+
+class SharedDistributions:
+    """Lets the trials of a study share equal distributions, of which Optuna makes new ones for
+    every trial that it reads: several kilobytes each."""
+
+    def __init__(self) -> None:
+        self._num_shared = 0
+        self._known: dict[tuple[tuple[str, BaseDistribution], ...], dict[str, BaseDistribution]] = {}
+
+    def share(self, trials: Sequence[FrozenTrial]) -> None:
+        """Replace the distributions of the trials that have come since the last call."""
+        for trial in trials[self._num_shared :]:
+            own = trial.distributions
+            trial.distributions = self._known.setdefault(tuple(own.items()), own)
+        self._num_shared = len(trials)
 
 
 def load_records(path: Path) -> list[TrialRecord]:
