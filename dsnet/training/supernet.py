@@ -35,7 +35,7 @@ from dsnet.stored.checkpoint import (
     supernet_meta,
     tensors_below,
 )
-from dsnet.stored.names import FINAL
+from dsnet.stored.names import FINAL, checkpoint_stems
 from dsnet.training.balance import class_weights, epoch_order
 from dsnet.training.curves import Curves, Progress, Reporter, SilentReporter
 from dsnet.training.losses import scale_penalty
@@ -246,11 +246,6 @@ def result_settings(run: Any) -> Any:
     train = {name: value for name, value in run["train"].items() if name != "checkpoint_every"}
     rest = {name: value for name, value in run.items() if name != "keep_checkpoints"}
     return {**rest, "train": train, "origin": run.get("origin", {}).get("sha256")}
-
-
-def checkpoint_stems(folder: Path) -> list[Path]:
-    """Stems of the training checkpoints in a folder, oldest first."""
-    return sorted(path.with_suffix("") for path in folder.glob("epoch-*.json"))
 
 
 @dataclass(frozen=True, kw_only=True)

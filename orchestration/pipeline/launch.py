@@ -39,12 +39,14 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest, describe_hardware
 from orchestration.runs.stages import StagePlan, plan_stages
-from orchestration.tracking.location import store_uri
+from orchestration.tracking.location import store_uri, whole_sweep
+from orchestration.tracking.missing import MissingRows
 from orchestration.tracking.protocol import Status, Tracker
 from orchestration.tracking.rows import (
     Standing,
     data_rows,
     make_tracker,
+    replay,
     stage_uid,
     sweep_end_ms,
     sweep_row,
@@ -107,10 +109,13 @@ def launch(
         run.clear_stop()
         with stop(run) as request:
             manifest = write_facts(prepared, run, progress.warn)
-            tracker = make_tracker(config, run, progress.warn)
+            missing = MissingRows(run)
+            tracker = make_tracker(config, run, missing.warned(progress.warn))
             results = RunResults(run, config)
             work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request)
-            with closing_tracker(run, tracker, progress, lambda: sweep_end_ms(manifest.read())):
+            with closing_tracker(run, tracker, missing, progress, lambda: sweep_end_ms(manifest.read())):
+                if config.tracking.mlflow:
+                    missing.repeat(lambda: replay(results, tracker), progress)
                 return _run_stages(work)
 
 
@@ -163,13 +168,18 @@ def _absolute(path: str | None) -> str | None:
 
 @contextmanager
 def closing_tracker(
-    run: RunDir, tracker: Tracker, progress: ProgressView, finished_ms: Callable[[], int]
+    run: RunDir,
+    tracker: Tracker,
+    missing: MissingRows,
+    progress: ProgressView,
+    finished_ms: Callable[[], int],
 ) -> Iterator[None]:
     """Close the tracker at the end of the block, with the status in which the launch ended.
 
     Args:
         run: the run folder, which a warning names.
         tracker: tracker to close.
+        missing: the mark of the run for writes that are missing.
         progress: receives a warning about missing writes.
         finished_ms: when the work ended; not the present time, so that a launch that had nothing to
             do changes nothing.
@@ -184,10 +194,14 @@ def closing_tracker(
         raise
     finally:
         summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
+        missing.add(summary)
         if summary.num_unsent:
             progress.warn(
-                f"{plural(summary.num_unsent, 'write')} to MLflow failed; repeat them later with: {command_line('sync', run.path)}"
+                f"{plural(summary.num_unsent, 'write')} to MLflow failed; the next launch of this run repeats them, and so does: "
+                f"{command_line('sync', run.path)}"
             )
+        if whole_sweep(run) is run:  # its tracker is closed last
+            missing.settle()
 
 
 def _run_stages(work: Launch) -> LaunchResult:

@@ -121,18 +121,17 @@ class _OnRay:
         with work.progress.bar(Task(f"structure: {base.name}", base.run.train.epochs, "epoch", line_every=1)) as bar:
 
             def on_points(points: list[CurvePoint]) -> None:
-                work.tracker.curve(points)
                 if points:
                     bar.update(points[-1].metrics["epoch"] or 0.0)
 
-            train_on_ray(job, images, on_points=on_points, should_stop=work.stop)
+            train_on_ray(job, images, on_points=on_points, should_stop=work.stop, on_counted=work.tracker.curve)
 
     def _train_beside(self, base: Base, job: SupernetJob, images: TrainingImages) -> None:
         """Train a network at the same time as others; its curves are written when it is trained."""
         work, epochs = self._work, plural(base.run.train.epochs, "epoch")
         work.progress.say(f"structure: {base.name}: {epochs}")
         started, points = time.monotonic(), list[CurvePoint]()
-        train_on_ray(job, images, on_points=points.extend, should_stop=work.stop)
+        train_on_ray(job, images, on_points=lambda _: None, should_stop=work.stop, on_counted=points.extend)
         took = duration(time.monotonic() - started)
         loss = points[-1].metrics.get(f"loss/{base.subnets.largest.name}") if points else None
         told = "" if loss is None else f", loss {loss:.3g}"

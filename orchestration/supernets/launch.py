@@ -63,6 +63,7 @@ from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
 from orchestration.supernets.tracking import (
     TreeTrackers,
+    replay_supernets,
     running_row,
     standing_of,
     supernets_end_ms,
@@ -71,6 +72,7 @@ from orchestration.supernets.tracking import (
     write_global_overview,
 )
 from orchestration.tracking.location import store_uri
+from orchestration.tracking.missing import MissingRows
 from orchestration.tracking.protocol import Tracker
 from orchestration.tracking.rows import (
     Standing,
@@ -228,6 +230,21 @@ class _PrefixedProgress:
         return self._progress.bar(replace(task, title=f"{self._label}: {task.title}"))
 
 
+def _replay_all(
+    results: SupernetSweepResults,
+    own: Mapping[str, Tracker],
+    trackers: TreeTrackers,
+    missing: MissingRows,
+    progress: ProgressView,
+) -> None:
+    """Write all rows of a sweep with the trackers of its launch, `own`; members that the launch
+    does not have get trackers that are closed here."""
+    warn = missing.warned(progress.warn)
+    for tracker, status, end_ms in replay_supernets(results, lambda name: own.get(name) or trackers.make(warn)):
+        if tracker not in own.values():
+            missing.add(tracker.close(status, end_ms, TRACKING_TIMEOUT_S))
+
+
 @dataclass
 class _TestOpeningCounter:
     """Counts in the manifest that the sweep reads `test`: once per launch, however many members
@@ -282,14 +299,15 @@ class _SupernetsLaunch:
         study = SupernetStudy.open(run, config, records.entries)
         trackers = TreeTrackers(config, run)
         stack.callback(trackers.end)
-        tracker = trackers.make(progress.warn)
+        missing = MissingRows(run)
+        tracker = trackers.make(missing.warned(progress.warn))
         parent = sweep_row(manifest.read(), run, config)
         tracker.parent(parent)
         tracker.datasets(data_rows(manifest.read()))
         manifests = {name: write_facts(_prepared(member), member.run, progress.warn) for name, member in usable.items()}
         opened = {name: RunResults(member.run, member.config) for name, member in usable.items()}
         results = SupernetSweepResults(run, opened)
-        stack.enter_context(closing_tracker(run, tracker, progress, lambda: supernets_end_ms(results)))
+        stack.enter_context(closing_tracker(run, tracker, missing, progress, lambda: supernets_end_ms(results)))
         launches = {}
         for name, member in usable.items():
             own = manifests[name]
@@ -298,15 +316,18 @@ class _SupernetsLaunch:
                 _prepared(member),
                 opened[name],
                 own,
-                trackers.make(own_progress.warn),
+                trackers.make(missing.warned(own_progress.warn)),
                 own_progress,
                 request,
                 on_record=_shown_in(study, name),
             )
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
             work.tracker.datasets(data_rows(own.read()))
-            stack.enter_context(closing_tracker(member.run, work.tracker, own_progress, _end_of(own)))
+            stack.enter_context(closing_tracker(member.run, work.tracker, missing, own_progress, _end_of(own)))
             launches[name] = work
+        if config.tracking.mlflow:
+            opened_trackers = {"": tracker} | {name: work.tracker for name, work in launches.items()}
+            missing.repeat(lambda: _replay_all(results, opened_trackers, trackers, missing, progress), progress)
         return cls(config, results, usable, launches, manifest, tracker, progress, request, records, study)
 
     @property
@@ -443,6 +464,7 @@ class _SupernetsLaunch:
                     callbacks=SweepCallbacks(
                         on_report=training.on_report,
                         on_points=training.on_points,
+                        on_counted=training.on_counted,
                         on_fate=training.on_fate,
                         should_stop=self.stop,
                     ),
@@ -575,12 +597,15 @@ class _TrainingListener:
         self._show(name, epoch, f"static hypervolume {value:.4f}")
 
     def on_points(self, name: str, points: list[CurvePoint]) -> None:
-        """Record new points of a supernet's loss curves."""
+        """Show new points of a supernet's loss curves."""
         self._begin(name)
-        work = self._sweep.launches[name]
-        work.tracker.curve(points)
         if points:
             self._show(name, points[-1].metrics.get("epoch") or 0.0, "")
+
+    def on_counted(self, name: str, points: list[CurvePoint]) -> None:
+        """Record the points of a supernet's loss curves that count."""
+        self._begin(name)
+        self._sweep.launches[name].tracker.curve(points)
 
     def on_fate(self, fate: MemberFate) -> None:
         """Record the outcome of a supernet's training; a second call for the same one does

@@ -34,6 +34,10 @@ LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tm
 STOP_TIMEOUT_S = 5.0
 
 
+class LostWriterError(RuntimeError):
+    """The process that writes to MLflow ended during a call."""
+
+
 @dataclass(frozen=True)
 class _Child:
     process: subprocess.Popen[bytes]
@@ -114,6 +118,21 @@ class MlflowWriter:
         child.process.wait()
 
     def _call(self, name: str, *arguments: Any) -> None:
+        """Make a call; it is repeated once if the child ends meanwhile, because it may have done a
+        part of it only.
+
+        Raises:
+            LostWriterError: the second child ended too.
+            RuntimeError: the store failed.
+        """
+        for is_last in (False, True):
+            try:
+                return self._attempt(name, *arguments)
+            except LostWriterError:
+                if is_last or self._is_stopped:
+                    raise
+
+    def _attempt(self, name: str, *arguments: Any) -> None:
         child = self._child or self._start()
         try:
             child.connection.send((name, arguments))
@@ -121,7 +140,8 @@ class MlflowWriter:
         except (OSError, EOFError) as lost:
             self._child = None
             child.process.kill()
-            raise RuntimeError(f"the process that writes to MLflow ended with status {child.process.wait()}") from lost
+            status = child.process.wait()
+            raise LostWriterError(f"the process that writes to MLflow ended with status {status}") from lost
         if error is not None:
             raise RuntimeError(without_secrets(error, self._arguments[0]))
 

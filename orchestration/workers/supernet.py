@@ -60,6 +60,7 @@ def train_on_ray(
     *,
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
+    on_counted: Callable[[list[CurvePoint]], None] = lambda points: None,
 ) -> Path:
     """Train the supernet on `job.workers` Ray workers; Ray must be initialised.
 
@@ -71,6 +72,8 @@ def train_on_ray(
         data: the training split; if it is not in memory, it is pickled for the workers.
         on_points: called with new points of the loss curves.
         should_stop: called several times a second; True stops training at the next step.
+        on_counted: called with the points that count, each once: those of steps that are not done
+            again.
 
     Returns:
         the stem of the recalibrated checkpoint.
@@ -93,12 +96,17 @@ def train_on_ray(
     fit = partial(_fit_alone, is_abandoned=is_abandoned) if job.workers == 1 else _fit_group
     thread = threading.Thread(target=fit, args=(config, failures), name="ray-train", daemon=True)
     tail = CurveTail(job.folder / "curves.jsonl")
+
+    def pass_on() -> None:
+        on_points(tail.read())
+        on_counted(tail.counted())
+
     thread.start()
     try:
-        _follow(thread, tail, on_points, should_stop, job.stop_file)
+        _follow(thread, pass_on, should_stop, job.stop_file)
     finally:
         is_abandoned.set()
-        on_points(tail.read())
+        pass_on()
         shutil.rmtree(job.folder / "ray", ignore_errors=True)
     if outcome.exists():
         _raise_outcome(read_object(outcome))
@@ -210,15 +218,14 @@ def _fit_group(config: dict[str, Any], failures: list[BaseException]) -> None:
 
 def _follow(
     thread: threading.Thread,
-    tail: CurveTail,
-    on_points: Callable[[list[CurvePoint]], None],
+    pass_on: Callable[[], None],
     should_stop: Callable[[], bool],
     stop_file: Path,
 ) -> None:
     asked_at: float | None = None
     while thread.is_alive():
         thread.join(POLL_S)
-        on_points(tail.read())
+        pass_on()
         if asked_at is None and should_stop():
             stop_file.touch()
             asked_at = time.monotonic()

@@ -178,6 +178,7 @@ class SweepCallbacks:
     on_report: Callable[[str, int, float], None] = lambda name, epoch, value: None
     """Called with (member, epoch, value) for each report of this call."""
     on_points: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
+    on_counted: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
     """Called with (member, new points of its loss curves)."""
     on_fate: Callable[[MemberFate], None] = lambda fate: None
     """Called with a member's outcome as soon as its training has ended in this call."""
@@ -395,6 +396,9 @@ class _TuneRun:
             points = tail.read()
             if points:
                 self._callbacks.on_points(name, points)
+            counted = tail.counted()
+            if counted:
+                self._callbacks.on_counted(name, counted)
         while not self._heard.empty():
             name, event = self._heard.get()
             if isinstance(event, Report):
