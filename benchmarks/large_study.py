@@ -161,7 +161,7 @@ def grow(sweep: Path, num_trials: int, settings: Sequence[str] = (), marks_every
     process of its own."""
     fix_arithmetic()
     prepare_environment()
-    flags = {"budget.trials": num_trials}
+    flags = {"budget.trials": num_trials, "storage.runs": str(sweep.parent / "runs")}
     config = load_config(sweep, overrides=settings, flags=flags, known_models=family_names()).config
     marks: list[Mark] = []
 

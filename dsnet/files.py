@@ -6,9 +6,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
+import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -30,7 +34,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         CheckpointError: The disk is full or the folder cannot be written; the old content stays
             unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _draft(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -218,7 +222,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: as `atomic_write_bytes`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _draft(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         mode = _usual_mode(temporary)
@@ -232,6 +236,61 @@ def replacing(path: Path) -> Iterator[Path]:
         raise CheckpointError(_write_failure(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    """A new name for a file that replaces `path` when it is complete."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_drafts(folder: Path, min_age_s: float = 0.0) -> list[Path]:
+    """Remove what killed processes of this program were writing: files and folders below `folder`
+    whose names hold the id of a process that no longer runs here. Symbolic links are not followed.
+
+    Args:
+        folder: a folder that no other driver works in.
+        min_age_s: age from which they are removed; more than 0 where processes of other machines,
+            whose ids say nothing here, may be writing.
+
+    Returns:
+        the removed paths.
+    """
+    removed = []
+    for parent, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(parent, name)
+            found = _DRAFT.fullmatch(name) or (_DRAFT_FOLDER.fullmatch(name) if name in folders else None)
+            if found is None or _is_alive(int(found["pid"])) or _age_s(path) < min_age_s:
+                continue
+            with suppress(OSError):  # it stays: nothing reads it
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                removed.append(path)
+        folders[:] = [name for name in folders if not _DRAFT_FOLDER.fullmatch(name)]
+    return removed
+
+
+_DRAFT = re.compile(
+    r"\.(?:.+\.(?=\d+(?:-[0-9a-f]{8}\.tmp|\.partial)$)|driver\.lock\.(?=\d+$))(?P<pid>\d+)(?:-[0-9a-f]{8}\.tmp|\.partial)?"
+)
+_DRAFT_FOLDER = re.compile(r"\..+\.(?P<pid>\d+)\.tmp")
+"""Names of unfinished files and folders, with the id of the process that writes them."""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.lstat().st_mtime
+    except OSError:
+        return math.inf  # it is gone
 
 
 def _usual_mode(path: Path) -> int:

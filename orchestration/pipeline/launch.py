@@ -14,6 +14,7 @@ import torch
 
 from dsnet.data.splits import SPLIT_NAMES
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
+from dsnet.files import remove_drafts
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.stored.names import FINAL
@@ -56,7 +57,7 @@ from orchestration.tracking.rows import (
     write_overview,
     write_subnets,
 )
-from orchestration.workers.runtime import RaySettings, ray_session
+from orchestration.workers.runtime import LOCAL, RaySettings, ray_session
 from search.front.points_file import save_points
 
 TRACKING_TIMEOUT_S = 30.0
@@ -107,6 +108,7 @@ def launch(
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         run.clear_stop()
+        clear_drafts(run, config)
         with stop(run) as request:
             manifest = write_facts(prepared, run, progress.warn)
             missing = MissingRows(run)
@@ -117,6 +119,16 @@ def launch(
                 if config.tracking.mlflow:
                     missing.repeat(lambda: replay(results, tracker), progress)
                 return _run_stages(work)
+
+
+OLD_DRAFT_S = 600.0
+"""Age from which an unfinished file is removed where other machines may be writing."""
+
+
+def clear_drafts(run: RunDir, config: SweepConfig) -> None:
+    """Remove the unfinished files that killed processes left in the run folder, whose lock is
+    held."""
+    remove_drafts(run.path, 0.0 if config.ray.address == LOCAL else OLD_DRAFT_S)
 
 
 def write_facts(prepared: Prepared, run: RunDir, warn: Callable[[str], None]) -> Manifest:

@@ -34,6 +34,7 @@ from orchestration.pipeline.launch import (
     TRACKING_TIMEOUT_S,
     LaunchResult,
     anchored,
+    clear_drafts,
     closing_tracker,
     launch,
     ray_where_needed,
@@ -130,6 +131,7 @@ def launch_supernets(
             stack.enter_context(DriverLock(member.run, command, take_over=take_over))
             member.run.clear_stop()
         run.clear_stop()
+        clear_drafts(run, config)
         request = stack.enter_context(stop(run))
         progress = FiledProgress(progress, run.progress_json)
         sweep = _SupernetsLaunch.begin(config, run, images, members, progress, request, stack)

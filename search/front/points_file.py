@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dsnet.errors import DataError
+from dsnet.files import replacing
 from search.front.points import POINT_COLUMNS, PointRow, validate_points
 
 if TYPE_CHECKING:
@@ -42,19 +42,12 @@ def save_points(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
         ValueError: a row does not follow the schema; nothing is written.
+        CheckpointError: the file cannot be written.
     """
     validate_points(rows)
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     table = _arrow_table(rows).replace_schema_metadata({_SCHEMA_KEY: _SCHEMA_VERSION})
-    try:
-        with partial.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(Path(path)) as draft, draft.open("wb") as file:
+        pq.write_table(table, file)
 
 
 def load_points(path: str | Path) -> list[PointRow]:
