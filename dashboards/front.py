@@ -372,7 +372,7 @@ def _subtitle(info: FrontInfo) -> str:
         bars = f"the front has the objectives {', '.join(info.objectives)}: a point that seems dominated is better in another; {bars}"
     if info.chosen.num_left_out:
         bars += (
-            f"; {info.chosen.num_left_out:,} of {len(info.chosen.dynamic):,} trials are not drawn, because others lie beside them "
+            f"\n{info.chosen.num_left_out:,} of {len(info.chosen.dynamic):,} trials are not drawn, because others lie beside them "
             "(points.parquet has all)"
         )
     if info.reported is None:

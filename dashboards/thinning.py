@@ -10,7 +10,11 @@ import numpy as np
 MAX_POINTS: Final = 1500
 """Largest number of points of a cloud that a figure draws."""
 CELLS: Final = 32
-"""Number of cells along each axis; fewer than `MAX_POINTS` in all, so that none stays empty."""
+"""Number of cells along each axis, for nearly all points; fewer than `MAX_POINTS` in all, so that
+each cell with points keeps one."""
+FAR: Final = 8
+"""Points that are farther away than this many times the spread of the others count as equally
+far."""
 
 
 def thinned(places: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> list[int]:
@@ -41,8 +45,9 @@ def thinned(places: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> li
 
 
 def _cells(places: np.ndarray) -> np.ndarray:
-    """The number of each point's cell; single points far away do not stretch the cells."""
+    """The number of each point's cell; single points far away do not stretch the cells, but have
+    some of their own."""
     low, high = np.percentile(places, [1, 99], axis=0)
     shares = (places - low) / np.where(high > low, high - low, 1.0)
-    column, row = np.clip((shares * CELLS).astype(np.int64), 0, CELLS - 1).T
-    return np.asarray(column * CELLS + row)
+    column, row = np.clip(np.floor(shares * CELLS), -FAR * CELLS, FAR * CELLS).astype(np.int64).T
+    return np.asarray((2 * FAR * CELLS + 1) * column + row)

@@ -13,6 +13,7 @@ from pathlib import Path
 from orchestration.config.store_uri import shown_uri
 from orchestration.runs.curves import CurvePoint
 from orchestration.tracking.protocol import (
+    LostWriterError,
     RowStore,
     Status,
     TrackedBundle,
@@ -63,6 +64,7 @@ class MlflowTracker:
         self._closed = False
         self._given_up = False
         self._num_failures = 0
+        self._is_writer_lost = False
         self._retry_at = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         if store_uri.startswith("sqlite"):
@@ -130,6 +132,9 @@ class MlflowTracker:
         if self._closed:
             return self._summary
         self._closed = True
+        if self._is_writer_lost:
+            # The pause is for stores that do not answer; a new process may write how it ended.
+            self._retry_at = 0.0
         if self._parent is not None and not self._is_attached:
             parent = replace(self._parent, status=status, end_ms=end_ms)
             self._jobs.put(lambda: self._store.close_sweep(parent))
@@ -163,6 +168,7 @@ class MlflowTracker:
             if self._given_up:
                 return  # counted
             self._num_failures += 1
+            self._is_writer_lost = isinstance(error, LostWriterError)
             if self._num_failures >= FAILURES_BEFORE_PAUSE:
                 self._retry_at = time.monotonic() + PAUSE_S
             self._count_unsent(first_line(error), 1)

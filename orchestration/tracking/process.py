@@ -27,15 +27,11 @@ from dsnet.arithmetic import fix_arithmetic
 from dsnet.import_path import child_variables
 from orchestration.config.store_uri import SQLITE, without_secrets
 from orchestration.runs.curves import CurvePoint
-from orchestration.tracking.protocol import TrackedBundle, TrackedData, TrackedRun, first_line
+from orchestration.tracking.protocol import LostWriterError, TrackedBundle, TrackedData, TrackedRun, first_line
 from orchestration.tracking.store import MlflowStore
 
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
 STOP_TIMEOUT_S = 5.0
-
-
-class LostWriterError(RuntimeError):
-    """The process that writes to MLflow ended during a call."""
 
 
 @dataclass(frozen=True)
