@@ -155,7 +155,7 @@ class MlflowTracker:
 
     def _drain(self) -> None:
         while (job := self._jobs.get()) is not None and not self._given_up:
-            # The pause is for stores that do not answer; a new process may write how the sweep ended.
+            # The pause is for stores that do not answer; a new process may write how it ended.
             is_worth_trying = self._is_writer_lost and job is self._last_job
             if time.monotonic() < self._retry_at and not is_worth_trying:
                 self._count_unsent("paused after failures", 1)
