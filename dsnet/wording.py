@@ -26,6 +26,13 @@ def _cut(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of an error's message, or the name of its class; a line over `limit`
+    characters ends after a whole word, with `...`."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= limit else f"{line[: limit - 4].rpartition(' ')[0] or line[: limit - 4]} ..."
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """The clause `; did you mean 'x'?` if a known word is similar, else an empty string."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)

@@ -247,7 +247,7 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
     """Raise the trial budget of a run and continue it; finished trials are kept."""
     _quiet_platforms()
     from orchestration.commands.messages import complain
-    from orchestration.commands.steering import extended, extension_notes
+    from orchestration.commands.steering import budget_kept_on_failed_start, extended, extension_notes
     from orchestration.commands.sweep import open_sweep
     from orchestration.config.command_lines import launch_command
 
@@ -255,7 +255,8 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
     config = extended(results, trials, overrides)
     for note in extension_notes(results, config):
         complain(note)
-    return _run(config, take_over=take_over, again=launch_command(config, results.run.sweep_yaml))
+    with budget_kept_on_failed_start(results):
+        return _run(config, take_over=take_over, again=launch_command(config, results.run.sweep_yaml))
 
 
 @cli.command()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import PIL
 
 from dsnet.errors import DataError
+from dsnet.wording import first_line
 
 if TYPE_CHECKING:
     from pyarrow import Schema, Table
@@ -81,7 +82,7 @@ def read_table(file: Path) -> Table:
         table = pq.ParquetFile(file).read()
         table.validate(full=True)  # detects damage inside a page: invalid UTF-8, offsets out of bounds
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{file}: not a whole parquet file ({reason}); fetch it again") from error
     if table.num_rows == 0:
         raise DataError(f"{file}: holds no rows; fetch it again")
@@ -113,7 +114,7 @@ def parquet_schema(file: Path) -> Schema:
     try:
         return pq.read_schema(file)
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{file}: not a whole parquet file ({reason}); fetch it again") from error
 
 

@@ -25,6 +25,7 @@ from dsnet.network.blocks import fold_batch_norms
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.space.route_tree import RouteTree
+from dsnet.wording import first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -334,7 +335,7 @@ def to_onnx(program: torch.export.ExportedProgram, name: str, outputs: Sequence[
     except ImportError as error:
         raise DsnetError(f"ONNX files need further packages ({error}): pip install 'dsnet-orch[deploy]'") from error
     except torch.onnx.OnnxExporterError as error:
-        raise DsnetError(f"the network cannot be exported to ONNX: {_first_line(error)}") from error
+        raise DsnetError(f"the network cannot be exported to ONNX: {first_line(error)}") from error
     assert exported is not None
     model: ModelProto = exported.model_proto
     return model
@@ -356,11 +357,7 @@ def traced(
     try:
         return torch.export.export(module, (example,), dynamic_shapes=None if sizes is None else (sizes,), strict=False)
     except Exception as error:  # a user's network or router may raise anything
-        raise _NotTraceableError(f"the network cannot be traced: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise _NotTraceableError(f"the network cannot be traced: {first_line(error)}") from error
 
 
 def _read_through_entry(model: ModelProto) -> None:

@@ -12,6 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dsnet.errors import ConfigError
+from dsnet.wording import first_line
 
 
 def trace(
@@ -44,7 +45,7 @@ def _with_shapes(module: nn.Module, image: Tensor, concrete_args: Mapping[str, A
         graph = fx.symbolic_trace(module, concrete_args=dict(concrete_args) if concrete_args else None)
     except Exception as error:
         raise ConfigError(
-            f"{type(module).__name__} cannot be traced: {_first_line(error)}{_line_of(error, module)}; "
+            f"{type(module).__name__} cannot be traced: {first_line(error)}{_line_of(error, module)}; "
             "write it without control flow that depends on the values of tensors"
         ) from error
     for node in graph.graph.nodes:
@@ -56,7 +57,7 @@ def _with_shapes(module: nn.Module, image: Tensor, concrete_args: Mapping[str, A
             _CountingShapes(graph).propagate(image)
     except Exception as error:
         raise ConfigError(
-            f"{type(module).__name__} does not run on an image of {' x '.join(map(str, image.shape[1:]))}: {_first_line(error)}"
+            f"{type(module).__name__} does not run on an image of {' x '.join(map(str, image.shape[1:]))}: {first_line(error)}"
         ) from error
     return graph
 
@@ -86,10 +87,6 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 _FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 """Operations that torch's counter takes for free."""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _line_of(error: BaseException, module: nn.Module) -> str:

@@ -19,7 +19,7 @@ from dsnet.finite import check_finite
 from dsnet.network.plain import make_plain, own_options
 from dsnet.network.supernet import Supernet
 from dsnet.network.traced import BODY, TracedSupernet
-from dsnet.wording import plural
+from dsnet.wording import first_line, plural
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -129,7 +129,7 @@ def load_plain_start(path: Path) -> PlainStart:
     try:
         found: Any = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"supernet.init_from: {path} cannot be read as a state dict: {reason}") from error
     for name in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):

@@ -10,15 +10,14 @@ from pathlib import Path
 from dsnet.errors import NotFoundError, PreflightError
 from dsnet.wording import plural
 from orchestration.config.export import registered_name
-from orchestration.config.store_uri import shown_uri
+from orchestration.config.store_uri import is_server, shown_uri
+from orchestration.results.mlflow_store import store_uri, whole_sweep
 from orchestration.results.protocol import Results
 from orchestration.runs.folder import MLFLOW_DATABASE, mlflow_artifact_root, mlflow_store_uri
 from orchestration.runs.lock import DriverLock
 from orchestration.supernets.results import SupernetSweepResults
 from orchestration.supernets.tracking import TreeTrackers, replay_sweep, row_of
-from orchestration.tracking.database import is_server
 from orchestration.tracking.links import Link, certain_link, newest_links
-from orchestration.tracking.location import store_uri, whole_sweep
 from orchestration.tracking.missing import mark_of
 from orchestration.tracking.rows import make_tracker, write_bundles
 

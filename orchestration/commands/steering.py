@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from optuna.distributions import FloatDistribution
 
-from dsnet.errors import ConfigError, NotFoundError
+from dsnet.errors import ConfigError, NotFoundError, PreflightError
 from dsnet.families import family_names
 from dsnet.wording import plural, shown
 from orchestration.config.command_lines import command_line, has_own_code, launch_command
@@ -23,8 +24,11 @@ from orchestration.config.yaml_source import parse_yaml
 from orchestration.pipeline.search import FOUND_ENOUGH, RULE_OFF, study_settings
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
-from orchestration.runs.lock import read_lock
+from orchestration.results.stored_config import store_config
+from orchestration.runs.lock import DriverLock, read_lock
+from orchestration.runs.manifest import Manifest
 from orchestration.runs.queue import append_points
+from orchestration.supernets.results import results_at
 from search.front.points import trial_name
 from search.suggest.space import Scalar, Space, check_point
 
@@ -66,6 +70,23 @@ def extended(results: Results, trials: str, overrides: Sequence[str] = ()) -> Sw
     # The present place of the run: its folder may have been moved since it was launched.
     flags = {"budget.trials": wanted, "storage.runs": str(run.root), "name": run.name}
     return load_config(run.sweep_yaml, overrides=overrides, flags=flags, known_models=family_names()).config
+
+
+@contextmanager
+def budget_kept_on_failed_start(results: Results) -> Iterator[None]:
+    """Restore the stored configuration of a run if the block, which extends it, fails for a missing
+    or broken part of the machine before any further trial is done."""
+    before, num_trials = results.config, results.num_trials
+    try:
+        yield
+    except PreflightError as error:
+        with DriverLock(results.run, f"dsnet-orch extend {results.run.name}"):
+            if results_at(results.run).num_trials > num_trials:
+                raise
+            store_config(results.run, Manifest(results.run.manifest_path), before)
+        raise PreflightError(
+            f"{error}\nthe budget of run {results.run.name!r} stays {plural(resolve_trials(before), 'trial')}"
+        ) from error
 
 
 def extension_notes(results: Results, config: SweepConfig) -> list[str]:

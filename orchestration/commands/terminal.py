@@ -24,12 +24,11 @@ from dsnet.wording import duration, plural, signed
 from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
 from orchestration.config.command_lines import command_line, has_own_network, launch_command
-from orchestration.config.store_uri import shown_uri
+from orchestration.config.store_uri import database_of, is_server, shown_uri
 from orchestration.progress import json_state, read_task_state
+from orchestration.results.mlflow_store import store_uri
 from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import read_lock
-from orchestration.tracking.database import database_of, is_server
-from orchestration.tracking.location import store_uri
 from orchestration.wrapping import wrapped
 from search.front.analysis_records import optimism
 from search.front.points import trial_name

@@ -49,6 +49,17 @@ def absolute_uri(uri: str) -> str:
     return uri if path == uri else f"{SQLITE}{Path(path).expanduser().absolute()}"
 
 
+def database_of(store_uri: str) -> Path | None:
+    """The file of a store that is an SQLite database; None if it is a server or another
+    database."""
+    return Path(store_uri.removeprefix(SQLITE)) if store_uri.startswith(SQLITE) else None
+
+
+def is_server(store_uri: str) -> bool:
+    """Whether a store is an MLflow server."""
+    return store_uri.startswith("http")
+
+
 def has_secret(uri: str) -> bool:
     """Whether a URI holds a password or a token."""
     return shown_uri(uri) != uri

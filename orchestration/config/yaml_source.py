@@ -20,7 +20,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from dsnet.errors import ConfigError
-from dsnet.wording import did_you_mean
+from dsnet.wording import did_you_mean, first_line
 
 KeyPath = tuple[str | int, ...]
 
@@ -163,7 +163,7 @@ def _broken(error: YAMLError, text: str, name: str) -> str:
         line, column = before.count("\n") + 1, error.position - before.rfind("\n")
         return f"{name}:{line}:{column}: holds a character that YAML does not allow: {text[error.position]!r}"
     if not isinstance(error, MarkedYAMLError):
-        return f"{name}: is not YAML: {str(error).splitlines()[0]}"
+        return f"{name}: is not YAML: {first_line(error)}"
     mark = error.problem_mark or error.context_mark
     where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
     if mark and "\t" in _indentation(text, mark.line):

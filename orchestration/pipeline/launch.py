@@ -32,6 +32,7 @@ from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.adoption import adopt
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, write_splits
 from orchestration.progress import FiledProgress, ProgressView
+from orchestration.results.mlflow_store import store_uri, whole_sweep
 from orchestration.results.protocol import Results
 from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
@@ -40,7 +41,6 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest, describe_hardware
 from orchestration.runs.stages import StagePlan, plan_stages
-from orchestration.tracking.location import store_uri, whole_sweep
 from orchestration.tracking.missing import MissingRows
 from orchestration.tracking.protocol import Status, Tracker
 from orchestration.tracking.rows import (

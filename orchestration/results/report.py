@@ -44,6 +44,7 @@ from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code, has_own_network, launch_command
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.dominated import allowed_static, dominated_warnings
+from orchestration.results.mlflow_store import browsing_commands
 from orchestration.results.run import RunResults
 from orchestration.results.search_end import read_end
 from orchestration.results.structure import structure_of, training_cost
@@ -126,7 +127,7 @@ def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
             command_line("export", run.path, "--pick", "all", own_code=own_code),
         ),
         *bundle_commands(run, results.config),
-        ("Browse the results in MLflow", command_line("ui", run.path)),
+        *browsing_commands(results.config, run),
     )
 
 

@@ -50,6 +50,7 @@ from orchestration.pipeline.supernet import done_sentence, supernet_outputs
 from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.preparation import Images, Prepared, load_images
 from orchestration.progress import Bar, FiledProgress, ProgressView, Task
+from orchestration.results.mlflow_store import store_uri
 from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.runs.curves import CurvePoint
@@ -72,7 +73,6 @@ from orchestration.supernets.tracking import (
     write_global_front,
     write_global_overview,
 )
-from orchestration.tracking.location import store_uri
 from orchestration.tracking.missing import MissingRows
 from orchestration.tracking.protocol import Tracker
 from orchestration.tracking.rows import (
@@ -742,7 +742,7 @@ def _prepared(member: Member) -> Prepared:
 
 def _in_one_experiment(member: Member, config: SweepConfig) -> Member:
     """The member with the sweep's experiment, so that it writes to the same rows when launched or
-    synced alone; its store is that of the sweep (`orchestration.tracking.location`)."""
+    synced alone; its store is that of the sweep (`orchestration.results.mlflow_store`)."""
     prepared = _prepared(member)
     if not config.tracking.mlflow:
         return member

@@ -22,6 +22,7 @@ from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text
 from orchestration.config.command_lines import command_line, has_own_code, launch_command
 from orchestration.results.dominated import dominated_warnings
+from orchestration.results.mlflow_store import browsing_commands
 from orchestration.results.report import bundle_commands, capital, headline, note_of_warning
 from orchestration.results.run import RunResults
 from orchestration.results.structure import training_cost
@@ -247,5 +248,5 @@ def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
             "Browse the trials of all supernets as one Optuna study",
             f"optuna-dashboard {shlex.quote(str(run.merged_journal))}",
         ),
-        ("Browse the results in MLflow", command_line("ui", run.path)),
+        *browsing_commands(results.config, run),
     )

@@ -10,6 +10,7 @@ from dashboards.supernets import supernets_front
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
 from orchestration.results.exported import exported_bundles
+from orchestration.results.mlflow_store import store_uri
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.curves import CurvePoint, counted_points
@@ -19,7 +20,6 @@ from orchestration.supernets.entries import MemberEntry
 from orchestration.supernets.report import global_headline, supernets_info, sweep_training_notes
 from orchestration.supernets.results import SupernetSweepResults
 from orchestration.tracking.background import MlflowTracker
-from orchestration.tracking.location import store_uri
 from orchestration.tracking.note import attach_front
 from orchestration.tracking.process import SharedWriter
 from orchestration.tracking.protocol import NullTracker, Status, TrackedRun, Tracker

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dsnet.wording import first_line
 from orchestration.config.store_uri import shown_uri
 from orchestration.runs.curves import CurvePoint
 from orchestration.tracking.protocol import (
@@ -20,7 +21,6 @@ from orchestration.tracking.protocol import (
     TrackedData,
     TrackedRun,
     TrackingSummary,
-    first_line,
 )
 from orchestration.tracking.store import logger
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dsnet.errors import PreflightError
-from orchestration.config.store_uri import SQLITE
+from orchestration.config.store_uri import database_of
 from orchestration.tracking.view import view_tag
 
 BUSY_TIMEOUT_S = 5.0
@@ -26,17 +26,6 @@ _LOCATIONS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-
-
-def database_of(store_uri: str) -> Path | None:
-    """The file of a store that is an SQLite database; None if it is a server or another
-    database."""
-    return Path(store_uri.removeprefix(SQLITE)) if store_uri.startswith(SQLITE) else None
-
-
-def is_server(store_uri: str) -> bool:
-    """Whether a store is an MLflow server."""
-    return store_uri.startswith("http")
 
 
 def experiment_of(store_uri: str, uid: str) -> str | None:

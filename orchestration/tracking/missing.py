@@ -12,8 +12,8 @@ from dsnet.errors import CheckpointError, DsnetError
 from dsnet.files import read_sealed, write_sealed
 from dsnet.wording import plural
 from orchestration.progress import ProgressView
+from orchestration.results.mlflow_store import whole_sweep
 from orchestration.runs.folder import RunDir
-from orchestration.tracking.location import whole_sweep
 from orchestration.tracking.protocol import TrackingSummary
 
 logger = logging.getLogger(__name__)

@@ -25,9 +25,10 @@ from typing import Any
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.import_path import child_variables
+from dsnet.wording import first_line
 from orchestration.config.store_uri import SQLITE, without_secrets
 from orchestration.runs.curves import CurvePoint
-from orchestration.tracking.protocol import LostWriterError, TrackedBundle, TrackedData, TrackedRun, first_line
+from orchestration.tracking.protocol import LostWriterError, TrackedBundle, TrackedData, TrackedRun
 from orchestration.tracking.store import MlflowStore
 
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")

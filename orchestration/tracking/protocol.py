@@ -208,9 +208,3 @@ class RowStore(Protocol):
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 Kind = Literal["sweep", "supernet", "subnet", "trial"]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 300 characters."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

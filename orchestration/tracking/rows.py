@@ -20,6 +20,7 @@ from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.exported import exported_bundles
 from orchestration.results.measured import MeasuredSubnet, static_metrics
+from orchestration.results.mlflow_store import store_uri, whole_sweep
 from orchestration.results.report import front_info, headline, training_notes
 from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts, resolved_settings
@@ -27,7 +28,6 @@ from orchestration.runs.curves import CurvePoint, counted_points
 from orchestration.runs.folder import CURVES, RunDir, mlflow_artifact_root
 from orchestration.runs.stages import canonical_settings
 from orchestration.tracking.background import MlflowTracker
-from orchestration.tracking.location import store_uri, whole_sweep
 from orchestration.tracking.note import attach_front
 from orchestration.tracking.protocol import NullTracker, TrackedBundle, TrackedData, TrackedRun, Tracker
 from search.front.points import trial_name

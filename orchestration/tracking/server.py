@@ -18,8 +18,8 @@ from typing import IO
 
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import child_variables
-from orchestration.config.store_uri import absolute_uri, shown_uri
-from orchestration.tracking.database import is_server, mend_artifact_locations
+from orchestration.config.store_uri import absolute_uri, is_server, shown_uri
+from orchestration.tracking.database import mend_artifact_locations
 from orchestration.tracking.store import mlflow_environment
 
 LOOPBACK = "127.0.0.1"

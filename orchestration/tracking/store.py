@@ -22,7 +22,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestration.tracking.database import is_server, mend_artifact_locations
+from orchestration.config.store_uri import is_server
+from orchestration.tracking.database import mend_artifact_locations
 from orchestration.tracking.datasets import dataset_inputs
 from orchestration.tracking.view import SUPERSEDED, points_view, view_tag
 

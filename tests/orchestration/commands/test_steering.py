@@ -7,11 +7,12 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
 
+from dsnet.errors import PreflightError
 from orchestration.commands.steering import changed_point, extended
 from orchestration.config.resolve import resolve_cohort, resolve_trials
 from orchestration.pipeline.search import trials_left
@@ -20,6 +21,7 @@ from orchestration.results.search_end import read_end, write_end
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.queue import read_queue
 from orchestration.runs.stages import StageDir, plan_stages
+from orchestration.workers.runtime import RaySettings
 from search.front.points import trial_name
 from search.suggest.space import parse_space
 from tests.orchestration.samples import AT_WORK, Finished, call, record_config, results_in
@@ -293,3 +295,24 @@ def test_an_extended_run_keeps_its_trials_tries_the_points_and_says_that_test_wa
     assert "was read 2 times" in results.run.report_html.read_text(encoding="utf-8")
     assert trial_name(13) in call(moved, "trials", "tiny").out
     assert len(finished.results.records) == 12
+
+
+@pytest.mark.ray
+def test_a_run_whose_extension_cannot_start_keeps_its_budget(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished.copy(tmp_path)
+    run = results_in(folder).run
+    before = run.sweep_yaml.read_bytes()
+
+    def refuse(settings: RaySettings) -> NoReturn:
+        assert run.sweep_yaml.read_bytes() != before, "the fault comes after the larger budget was written"
+        raise PreflightError("Ray could not be started on this machine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestration.pipeline.launch.ray_session", refuse)
+        answer = call(folder, "extend", "tiny", "--trials", "+2")
+    assert answer.code == 3
+    assert "Ray could not be started" in answer.err
+    assert "the budget of run 'tiny' stays 12 trials" in answer.err
+    assert run.sweep_yaml.read_bytes() == before

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsnet.wording import duration, prefixed, size
+from dsnet.wording import duration, first_line, prefixed, size
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,17 @@ def test_a_size_has_a_decimal_below_ten() -> None:
 )
 def test_large_numbers_have_an_si_prefix(value: float, text: str) -> None:
     assert prefixed(value) == text
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("  one sentence.\nand details"), "one sentence."),
+        (KeyError(), "KeyError"),
+        (ValueError("word " * 100), " ".join(["word"] * 59) + " ..."),
+        (ValueError("w" * 400), "w" * 296 + " ..."),
+    ],
+)
+def test_the_first_line_of_a_message_ends_after_a_whole_word(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+    assert len(line) <= 300

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from dsnet.errors import ConfigError
+from orchestration.results.mlflow_store import store_uri, whole_sweep
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.tracking.links import certain_link, link_to, newest_links, open_in_browser
-from orchestration.tracking.location import store_uri, whole_sweep
 from orchestration.tracking.rows import sweep_uid
 from orchestration.tracking.view import view_path
 from tests.orchestration.samples import Finished

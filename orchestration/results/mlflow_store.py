@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from dsnet.errors import ConfigError
-from orchestration.config.store_uri import URI_VARIABLE, absolute_uri, uri_of_environment, uri_problem
+from orchestration.config.command_lines import command_line
+from orchestration.config.store_uri import (
+    URI_VARIABLE,
+    absolute_uri,
+    is_server,
+    shown_uri,
+    uri_of_environment,
+    uri_problem,
+)
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.stored_config import stored_config
 from orchestration.runs.folder import RUN_NAME, RunDir, mlflow_store_uri
@@ -25,6 +33,17 @@ def store_uri(config: SweepConfig, run: RunDir) -> str:
     if uri is None and (uri := uri_of_environment()) is not None and (problem := uri_problem(uri)) is not None:
         raise ConfigError(f"${URI_VARIABLE}: {problem}")
     return mlflow_store_uri(whole.root) if uri is None else absolute_uri(uri)
+
+
+def browsing_commands(config: SweepConfig, run: RunDir) -> tuple[tuple[str, str], ...]:
+    """(what it does, command) pairs for looking at a run in MLflow: of a server its address, none
+    without tracking."""
+    if not config.tracking.mlflow:
+        return ()
+    uri = store_uri(config, run)
+    if is_server(uri):
+        return (("The results in MLflow, to be opened in a browser", shown_uri(uri)),)
+    return (("Browse the results in MLflow", command_line("ui", run.path)),)
 
 
 def _config_of(run: RunDir) -> SweepConfig:
