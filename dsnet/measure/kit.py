@@ -30,7 +30,8 @@ from dsnet.deploy.segments import CutSegments
 from dsnet.errors import ConfigError, DataError
 from dsnet.files import atomic_write_bytes, atomic_write_json, file_sha256, writing
 from dsnet.measure.engine_parts import HIDDEN, PartGraphs
-from dsnet.measure.latency import MIN_REPEATS, TRUNK, LatencySamples, MachineLoad, Rounds
+from dsnet.measure.latency import MIN_REPEATS, TRUNK, LatencySamples, Rounds
+from dsnet.measure.latency_table import MachineLoad
 from dsnet.measure.settings import LatencySettings
 from dsnet.measure.time_kit import DESCRIPTION, KIT_VERSION
 from dsnet.network.supernet import Supernet

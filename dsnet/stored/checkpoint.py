@@ -23,8 +23,6 @@ from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 
 SCHEMA_VERSION = 1
-STRUCTURE = "structure"
-"""Name of the checkpoint that a structure search leaves in its folder."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> str:

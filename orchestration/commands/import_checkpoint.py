@@ -18,8 +18,8 @@ from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import save_supernet
 from dsnet.stored.compat import load_dsnet_checkpoint
+from dsnet.stored.names import FINAL
 from dsnet.training.start import find_checkpoint
-from dsnet.training.supernet import FINAL
 from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
 

@@ -16,8 +16,8 @@ from dsnet.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, holds_cifar10
 from dsnet.data.cifar100 import holds_cifar100
 from dsnet.data.hub_parquet import parquet_files_below
 from dsnet.data.registry import load_images
-from dsnet.data.settings import can_mirror
-from dsnet.data.splits import FEW_IMAGES, Splits, make_splits, splits_of
+from dsnet.data.settings import FEW_IMAGES, can_mirror
+from dsnet.data.splits import Splits, make_splits, splits_of
 from dsnet.data.survey import Survey, survey_folder
 from dsnet.errors import ConfigError, DataError
 from dsnet.families import Task, family_names, layout

@@ -16,14 +16,14 @@ from safetensors.numpy import load, save
 
 from dsnet.data.settings import Augmentation
 from dsnet.errors import CheckpointError, NothingFeasibleError, StoppedError
-from dsnet.files import atomic_write_bytes, set_aside
+from dsnet.files import atomic_write_bytes, known_sha256, set_aside
 from dsnet.gates.end_to_end import GateImages
 from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.resolve import (
@@ -95,6 +95,8 @@ def trials_without_gate(run: RunDir, plan: StagePlan) -> list[TrialRecord]:
 def _lacks_gate(path: Path, record: TrialRecord) -> bool:
     if record.arrays_sha256 is None and record.state != "complete":
         return False
+    if record.arrays_sha256 is not None:  # with its hash, it need not be read any further
+        return not path.is_file() or known_sha256(path) != record.arrays_sha256
     try:
         load_router(path, record.arrays_sha256)
     except CheckpointError:

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from dsnet.gates.tree import NUM_EXTRA_POOLINGS
-from dsnet.measure.latency import BatchClock, LatencyTable, latency_metric
+from dsnet.measure.latency_table import BatchClock, LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import metrics
 from dsnet.routers.cascade import num_answer_features

@@ -21,7 +21,7 @@ from dsnet.files import read_object
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.storage_faults import storage_error
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.cluster_watch import check_cluster, lost_sentence
@@ -100,6 +100,7 @@ def train_on_ray(
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
     stalls: StallRules | None = None,
+    on_counted: Callable[[list[CurvePoint]], None] = lambda points: None,
 ) -> Path:
     """Train the supernet on `job.workers` Ray workers; Ray must be initialised.
 
@@ -112,6 +113,8 @@ def train_on_ray(
         on_points: called with new points of the loss curves.
         should_stop: called several times a second; True stops training at the next step.
         stalls: how silent workers are noticed; None = `StallRules()`.
+        on_counted: called with the points that count, each once: those of steps that are not done
+            again.
 
     Returns:
         the stem of the recalibrated checkpoint.
@@ -150,32 +153,48 @@ def train_on_ray(
         },
         rules,
     )
+
+    def pass_on() -> bool:
+        """Hand new points on; returns whether there were any."""
+        points = tail.read()
+        on_points(points)
+        on_counted(tail.counted())
+        return bool(points)
+
     thread.start()
     try:
-        _follow(thread, tail, on_points, should_stop, files, watch)
+        _follow(thread, pass_on, should_stop, files, watch)
     finally:
         watch.close()
         is_abandoned.set()
         files.fetch(everything=True)
-        on_points(tail.read())
+        pass_on()
         shutil.rmtree(job.folder / MEETING, ignore_errors=True)
     outcome = job.folder / OUTCOME
     if outcome.exists():
         _raise_outcome(read_object(outcome))
     if should_stop():
         raise StoppedError("training was stopped; its checkpoints are kept")
-    if failures and isinstance(failures[0], DsnetError):
-        raise failures[0]
     if failures:
-        fault = storage_error(failures[0])
-        if fault is not None:
-            raise fault from failures[0]
-        check_cluster()
-        if _is_controller_lost(failures[0]):
-            raise ClusterLostError(lost_sentence("the controller of Ray Train has ended")) from failures[0]
-        workers = "worker" if job.workers == 1 else "workers"
-        raise DsnetError(f"the training {workers} failed: {root_cause(failures[0])}") from failures[0]
+        if isinstance(failures[0], DsnetError):
+            raise failures[0]
+        raise _as_ours(failures[0], job.workers) from failures[0]
     return job.folder / FINAL
+
+
+def _as_ours(failure: BaseException, num_workers: int) -> DsnetError:
+    """The failure of a training, which Ray reports, as an error of ours.
+
+    Raises:
+        ClusterLostError: the cluster was lost.
+    """
+    if (fault := storage_error(failure)) is not None:
+        return fault
+    check_cluster()
+    if _is_controller_lost(failure):
+        return ClusterLostError(lost_sentence("the controller of Ray Train has ended"))
+    workers = "worker" if num_workers == 1 else "workers"
+    return DsnetError(f"the training {workers} failed: {root_cause(failure)}")
 
 
 def send_start(job: SupernetJob) -> Any:
@@ -268,8 +287,7 @@ def _fit_group(config: dict[str, Any], failures: list[BaseException]) -> None:
 
 def _follow(
     thread: threading.Thread,
-    tail: CurveTail,
-    on_points: Callable[[list[CurvePoint]], None],
+    pass_on: Callable[[], bool],
     should_stop: Callable[[], bool],
     files: JobFiles,
     watch: TrainingWatch,
@@ -279,9 +297,7 @@ def _follow(
     while thread.is_alive():
         thread.join(POLL_S)
         files.fetch()
-        points = tail.read()
-        on_points(points)
-        if points:
+        if pass_on():
             watch.took(time.monotonic() - last_s)
             last_s = time.monotonic()
         if not (asked_at is not None or should_stop()):

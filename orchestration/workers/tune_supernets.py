@@ -44,7 +44,8 @@ from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.storage_faults import storage_error
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL, TrainingCallbacks, recalibration_batches, train_supernet
+from dsnet.stored.names import FINAL
+from dsnet.training.supernet import TrainingCallbacks, recalibration_batches, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.cluster_watch import check_cluster
@@ -196,6 +197,7 @@ class SweepCallbacks:
     on_report: Callable[[str, int, float], None] = lambda name, epoch, value: None
     """Called with (member, epoch, value) for each report of this call."""
     on_points: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
+    on_counted: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
     """Called with (member, new points of its loss curves)."""
     on_fate: Callable[[MemberFate], None] = lambda fate: None
     """Called with a member's outcome as soon as its training has ended in this call."""
@@ -352,6 +354,8 @@ class _TuneRun:
             raise self._fault
         if failures:
             check_cluster()
+            if isinstance(failures[0], DsnetError):
+                raise failures[0]
             raise _tune_error(failures[0]) from failures[0]
         if missing:
             check_cluster()
@@ -455,6 +459,9 @@ class _TuneRun:
             points = tail.read()
             if points:
                 self._callbacks.on_points(name, points)
+            counted = tail.counted()
+            if counted:
+                self._callbacks.on_counted(name, counted)
         while not self._heard.empty():
             name, event = self._heard.get()
             if isinstance(event, Report):
@@ -469,7 +476,7 @@ def _tune_error(failure: BaseException) -> DsnetError:
     """The failure of Ray Tune itself as an error of ours."""
     if (fault := storage_error(failure)) is not None:
         return fault
-    return failure if isinstance(failure, DsnetError) else DsnetError(f"Ray Tune failed: {root_cause(failure)}")
+    return DsnetError(f"Ray Tune failed: {root_cause(failure)}")
 
 
 class _PlaceWatch:

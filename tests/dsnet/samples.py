@@ -19,7 +19,7 @@ from dsnet.data.settings import Augmentation
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.families import Task, create, layout
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.measure.latency import LatencyTable
+from dsnet.measure.latency_table import LatencyTable
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet

@@ -28,7 +28,7 @@ from dsnet.data.tensors import TensorData
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError, StoppedError
 from dsnet.files import read_json
 from dsnet.measure.evaluate import build_routing_table, measure_subnets, subnet_accuracy
-from dsnet.measure.latency import LatencyTable
+from dsnet.measure.latency_table import LatencyTable
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.standalone import __main__ as command
 from dsnet.standalone import stages as standalone

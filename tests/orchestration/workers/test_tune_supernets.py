@@ -34,7 +34,8 @@ from dsnet.network.batchnorm import recalibrate
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import NORMS
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL, recalibration_batches
+from dsnet.stored.names import FINAL
+from dsnet.training.supernet import recalibration_batches
 from orchestration.config.schedulers import check_scheduler
 from orchestration.workers.schedulers import make_scheduler
 from orchestration.workers.supernet import STOP_GRACE_S, _train_loop, root_cause, train_on_ray
