@@ -64,7 +64,9 @@ def test_a_name_like_no_other_gets_the_known_names() -> None:
 
 @pytest.mark.parametrize("image_size", [0, 7, 513, -8])
 def test_an_image_size_out_of_range_is_refused(image_size: int) -> None:
-    with pytest.raises(ConfigError, match=r"must be at least 8 and at most 512"):
+    with pytest.raises(
+        ConfigError, match=r"must be the side of a square or \[HEIGHT, WIDTH\], in pixels from 8 to 512"
+    ):
         load_images("digits", image_size=image_size)
 
 
