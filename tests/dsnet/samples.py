@@ -80,9 +80,9 @@ def lively_supernet(
     return supernet.eval()
 
 
-def three_gate_supernet(seed: int = 0, **options: Any) -> Supernet:
+def three_gate_supernet(seed: int = 0, image_size: ImageSize = 16, **options: Any) -> Supernet:
     """A small DS-ResNet in eval mode with a gate before each of its three stages."""
-    supernet = create("ds_resnet", task(), {**THREE_GATES, **options}, seed=seed)
+    supernet = create("ds_resnet", task(image_size=image_size), {**THREE_GATES, **options}, seed=seed)
     return shaken(supernet, seed).eval()
 
 
