@@ -36,6 +36,7 @@ from dsnet.gates.gumbel import gumbel_noise, straight_through
 from dsnet.gates.losses import complexity
 from dsnet.gates.mixing import Chooser, GatedSupernet
 from dsnet.gates.settings import EndToEndSettings, GateSettings
+from dsnet.image_size import ImageSize
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
@@ -68,7 +69,7 @@ def residual(options: dict[str, Any], seed: int = 0) -> Supernet:
     return Case("end to end", "ds_resnet", options, None).supernet(seed=seed)
 
 
-def gate_images(count: int = 24, size: int = 16) -> GateImages:
+def gate_images(count: int = 24, size: ImageSize = 16) -> GateImages:
     return GateImages(random_pixels(count, size), random_labels(count), NORMALIZATION)
 
 
