@@ -4,9 +4,9 @@ no torch."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from dsnet.settings import (
     Fraction,
@@ -24,13 +24,18 @@ from dsnet.space.spec import Norm
 
 Widths = Literal["sandwich", "all"]
 Teacher = Literal["none", "inplace", "ema", "ema_ensemble"]
-RegimeName = Literal["ce", "s_net", "us_net", "sp_net", "ib", "ieb"]
+Views = Literal["same", "own"]
+RegimeName = Literal["ce", "s_net", "us_net", "sp_net", "ib", "ieb", "mvco"]
 BootstrapMode = Literal["none", "inplace_distillation", "ib", "ieb"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "one_cycle", "constant"]
 Precision = Literal["float32", "bf16"]
 Trust = Literal["full", "label_probability"]
 KeptWeights = Literal["ema", "student"]
+
+
+EMA_TEACHERS: Final[tuple[Teacher, ...]] = ("ema", "ema_ensemble")
+"""Teachers that run separately from the students."""
 
 
 def sharing_problem(batch_size: int, workers: int, accumulate: int) -> str | None:
@@ -72,6 +77,15 @@ def ensemble_problem(widths: Widths, teacher: Teacher, num_random: int) -> str |
     return "ieb averages the teacher with random sub-networks and needs at least 1; or choose regime ib"
 
 
+def views_problem(views: Views, teacher: Teacher) -> str | None:
+    """The problem of a view of its own for a teacher that does not run separately, as a phrase for
+    a message; None if there is none."""
+    if views == "same" or teacher in EMA_TEACHERS:
+        return None
+    known = " or ".join(EMA_TEACHERS)
+    return f"teacher {teacher} sees no images of its own; choose teacher {known}, or views same"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Regime(Settings):
     """The sub-networks of a step, the teacher of the smaller ones, and their normalisation
@@ -93,12 +107,26 @@ class Regime(Settings):
     (IEB)."""
     norm: Norm | None = None
     """None: the family's default. It takes effect when the supernet is laid out."""
+    views: Views = "same"
+    """`same`: the teacher sees the students' augmented images; `own`: it sees the same images with
+    an augmentation of its own (multi-view consistency), which needs an EMA teacher."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         problem = ensemble_problem(self.widths, self.teacher, self.num_random)
         if problem is not None:
             raise SettingError(f"supernet.train.num_random is {self.num_random}, but {problem}")
+        problem = views_problem(self.views, self.teacher)
+        if problem is not None:
+            raise SettingError(f"supernet.train.views is {self.views}, but {problem}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping of the fields; without `views` at its default, as in records from
+        before this field."""
+        data = asdict(self)
+        if self.views == Regime.views:
+            del data["views"]
+        return data
 
 
 REGIMES: Mapping[RegimeName, Regime] = MappingProxyType(
@@ -109,14 +137,16 @@ REGIMES: Mapping[RegimeName, Regime] = MappingProxyType(
         "sp_net": Regime(widths="all", num_random=0, teacher="inplace", norm="private_stats"),
         "ib": Regime(widths="sandwich", teacher="ema"),
         "ieb": Regime(widths="sandwich", teacher="ema_ensemble"),
+        "mvco": Regime(widths="sandwich", teacher="ema", views="own"),
     }
 )
 """Named regimes: plain cross-entropy on every width; slimmable networks (all widths, fully private
 BatchNorm); universally slimmable networks (sandwich of 4, in-place distillation, statistics
 re-estimated after training); SP-Net (all widths, the others learn from the largest, separate
-statistics); in-place bootstrapping; in-place ensemble bootstrapping. Random widths
-are always drawn from the declared set of sub-networks; for `us_net` this is ours, the paper draws
-any width (docs/methods.md, section 7)."""
+statistics); in-place bootstrapping; in-place ensemble bootstrapping; multi-view consistency of
+DS-Net++ (in-place bootstrapping whose teacher sees another augmented view). Random widths are
+always drawn from the declared set of sub-networks; for `us_net` this is ours, the paper draws any
+width (docs/methods.md, section 7)."""
 
 TEACHER_OF_MODE: Mapping[BootstrapMode, Teacher] = MappingProxyType(
     {"none": "none", "inplace_distillation": "inplace", "ib": "ema", "ieb": "ema_ensemble"}

@@ -16,6 +16,7 @@ from dsnet.network.slicing import gradients_added_in_place
 from dsnet.network.supernet import Supernet
 from dsnet.space.spec import Subnet
 from dsnet.training.losses import distillation, smoothed_one_hot, soft_cross_entropy
+from dsnet.training.settings import EMA_TEACHERS
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def supernet_step(
     labels: Int64[Tensor, " batch"],
     plan: StepPlan,
     rules: StepRules,
+    teacher_images: Float[Tensor, "batch channels height width"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Run forward and backward of one step for every sub-network of `plan`; gradients add up
     unweighted (docs/methods.md, section 3).
@@ -110,11 +112,13 @@ def supernet_step(
         labels: [B].
         plan: The step's sub-networks.
         rules: The run's rules for teacher, labels and precision.
+        teacher_images: [B, C, H, W], normalised: another view of the same images, which the EMA
+            copy sees; None: it sees `images`.
 
     Returns:
         The detached loss of each sub-network, by name.
     """
-    return _Step(student, teacher, images, labels, plan, rules).run()
+    return _Step(student, teacher, images, labels, plan, rules, teacher_images).run()
 
 
 class _Step:
@@ -131,10 +135,12 @@ class _Step:
         labels: Tensor,
         plan: StepPlan,
         rules: StepRules,
+        teacher_images: Tensor | None,
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.images = images
+        self.teacher_images = images if teacher_images is None else teacher_images
         self.plan = plan
         self.rules = rules
         self.labels = labels
@@ -144,7 +150,7 @@ class _Step:
         self.soft: dict[str, _SoftLabels] = {}
 
     def run(self) -> dict[str, Tensor]:
-        if self.rules.teacher in ("ema", "ema_ensemble") and self.plan.smaller:
+        if self.rules.teacher in EMA_TEACHERS and self.plan.smaller:
             self.soft = self._teach()
         with gradients_added_in_place():
             self._learn(self.images, [self.plan.largest, *self.plan.smaller], gate=0)
@@ -235,8 +241,8 @@ class _Step:
         for norm in self.teacher.batch_norms():
             norm.momentum = 0.0
             norm.train(subnet.name in self.plan.cold)
-        with _autocast(self.images, self.rules.precision):
-            logits = self.teacher(self.images, subnet)
+        with _autocast(self.teacher_images, self.rules.precision):
+            logits = self.teacher(self.teacher_images, subnet)
         return _SoftLabels.of(_widened(logits), self.rules.temperature)
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ from dsnet.training.workers import SingleWorker, Workers
 
 FINAL = "final"
 REPORTS_PER_EPOCH = 4
+STUDENT_VIEW, TEACHER_VIEW = "augment", "teacher view"
+"""Names in the seeds of the augmentations."""
 
 
 class _Session:
@@ -148,9 +151,11 @@ class _Session:
         undeclared = {subnet.name for subnet in (*randoms, self.smallest)} - self.updates.keys()
         return StepPlan(self.largest, tuple(randoms), self.smallest, soft_weight, cold | undeclared)
 
-    def update(self, images: Tensor, labels: Tensor, plan: StepPlan, workers: Workers) -> dict[str, Tensor]:
+    def update(
+        self, images: Tensor, labels: Tensor, plan: StepPlan, workers: Workers, teacher_images: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Run one optimiser step and one EMA update on normalised images [B, C, H, W]; returns the
-        mean losses by name."""
+        mean losses by name. `teacher_images` is the teacher's own view of them, if it has one."""
         settings, bootstrap = self.run.train, self.run.bootstrapping
         warmup_steps = round(settings.warmup_epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
@@ -160,7 +165,8 @@ class _Session:
         share = len(labels) // settings.accumulate
         for start in range(0, len(labels), share):
             rows = slice(start, start + share)
-            found = supernet_step(self.student, self.ema.module, images[rows], labels[rows], plan, self.rules)
+            shown = None if teacher_images is None else teacher_images[rows]
+            found = supernet_step(self.student, self.ema.module, images[rows], labels[rows], plan, self.rules, shown)
             losses = {name: losses[name] + loss if losses else loss for name, loss in found.items()}
         if settings.gamma_l1:  # once a step: no micro-batch and no autocast changes its share
             (settings.gamma_l1 * scale_penalty(self.norms)).backward()
@@ -347,14 +353,24 @@ def _train_epoch(
     sandwiches = [session.draw(generator) for _ in rows]
     log_every = max(1, session.steps_per_epoch // REPORTS_PER_EPOCH)
     devices = [session.device] if session.device.type == "cuda" else []
-    seeds = [derive_seed(run.seed, "augment", epoch, number, workers.rank) for number in range(len(rows))]
-    batches = data.augmented(list(zip(rows, seeds, strict=True))[first:], session.device)
+
+    def view(name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches that are left, in an augmented view of their own."""
+        seeds = [derive_seed(run.seed, name, epoch, number, workers.rank) for number in range(len(rows))]
+        return data.augmented(list(zip(rows, seeds, strict=True))[first:], session.device)
+
+    teacher_views = view(TEACHER_VIEW) if run.regime.views == "own" else repeat((None, None))
     with torch.random.fork_rng(devices=devices):
-        for number, (images, labels) in enumerate(batches, start=first):
+        for number, ((images, labels), (shown, _)) in enumerate(
+            zip(view(STUDENT_VIEW), teacher_views, strict=False), start=first
+        ):
             if workers.agree_to_stop(should_stop()):
                 break
             torch.manual_seed(derive_seed(run.seed, "dropout", epoch, number, workers.rank))
-            losses = session.update(_inputs(images, run), labels, session.plan(sandwiches[number]), workers)
+            teacher_images = None if shown is None else _inputs(shown, run)
+            losses = session.update(
+                _inputs(images, run), labels, session.plan(sandwiches[number]), workers, teacher_images
+            )
             curves.add(session.step, losses)
             if session.step % log_every == 0:
                 curves.flush(session.at)

@@ -71,7 +71,7 @@ class SupernetRun(Settings):
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping, saved with every checkpoint, that `from_json` turns back into an
         equal object."""
-        data = asdict(self)
+        data = {**asdict(self), "regime": self.regime.to_json()}
         del data["width_space"]
         if self.width_space is not None:
             data["width_space"] = self.width_space.to_json()

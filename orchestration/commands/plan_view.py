@@ -140,6 +140,7 @@ def effective_values(config: SweepConfig, prepared: Prepared) -> dict[str, Any]:
         "supernet.train.widths": regime.widths,
         "supernet.train.num_random": regime.num_random,
         "supernet.train.teacher": regime.teacher,
+        "supernet.train.views": regime.views,
         "supernet.train.bn": prepared.subnets.spec.norm,
         "supernet.recalibration.images": "all",
         "sampler.cohort": resolve_cohort(config),

@@ -15,6 +15,7 @@ from dsnet.structure.settings import without_unread
 from dsnet.training.settings import without_added, without_published
 from orchestration.config.resolve import enqueued_points, halving_rungs, resolve_cohort, resolve_space
 from orchestration.config.supernet import (
+    REGIME_KEYS,
     resolve_regime,
 )
 from orchestration.config.sweep import SweepConfig
@@ -33,7 +34,7 @@ _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
     "init_from": True,
     "structure": True,
     "regime": True,
-    "train": {"checkpoint_every", "widths", "num_random", "teacher", "bn"},
+    "train": {"checkpoint_every", *REGIME_KEYS},
     "bootstrapping": {"mode", "num_random"},
 }
 
@@ -59,7 +60,7 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
         return {
             "seed": config.seed,
             "data": data | _normalization(config) | _balance(config),
-            "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
+            "supernet": {**supernet, "regime": resolve_regime(config.supernet).to_json()},
         }
     if stage == "structure":
         structure = without_unread(config.supernet.structure.model_dump(mode="json", exclude={"concurrent"}))

@@ -44,9 +44,11 @@ from dsnet.training.settings import (
     Teacher,
     TrainSettings,
     Trust,
+    Views,
     Widths,
     ensemble_problem,
     sharing_problem,
+    views_problem,
     warmup_problem,
 )
 from dsnet.wording import plural, shown
@@ -80,6 +82,9 @@ class TrainConfig(Section):
     """Teacher of the narrower sub-networks. none: labels only | inplace: the widest sub-network |
     ema: the widest sub-network of the EMA copy | ema_ensemble: the ensemble of the EMA copy; null =
     from the regime."""
+    views: Views | None = None
+    """same: the teacher sees the students' augmented images | own: an augmented view of its own,
+    with an EMA teacher; null = from the regime."""
     bn: Norm | None = None
     """BatchNorm with statistics per width | and affine pairs per width | recalibrated | GroupNorm;
     null = the regime's or the family's."""
@@ -181,8 +186,8 @@ class SupernetConfig(Section):
     state dict of a plain network; `~` and $VARIABLES are expanded."""
     structure: StructureConfig = StructureConfig()
     regime: RegimeName | None = None
-    """Training regime (widths, teacher and normalisation): ce | s_net | us_net | sp_net | ib | ieb;
-    null = in-place bootstrapping (ib)."""
+    """Training regime (widths, teacher, views and normalisation): ce | s_net | us_net | sp_net |
+    ib | ieb | mvco; null = in-place bootstrapping (ib)."""
     workers: PositiveInt = 1
     """Workers that train the supernet; several are workers of Ray Train."""
     threads: NumThreads | None = None
@@ -260,6 +265,9 @@ def _regime_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
     if problem is not None:
         section = "bootstrapping" if supernet.train.num_random is None and bootstrapping.num_random == 0 else "train"
         yield BrokenRule((section, "num_random"), problem)
+    problem = views_problem(parts["views"], parts["teacher"])
+    if problem is not None:
+        yield BrokenRule(("train", "views"), problem, others=(("train", "teacher"), ("regime",)))
 
 
 def _number_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
@@ -278,7 +286,9 @@ def _regime_parts(supernet: SupernetConfig) -> dict[str, Any]:
     if supernet.regime is None:
         teacher = None if bootstrapping.mode is None else TEACHER_OF_MODE[bootstrapping.mode]
         parts |= _given(teacher=teacher, num_random=bootstrapping.num_random)
-    parts |= _given(widths=train.widths, num_random=train.num_random, teacher=train.teacher, norm=train.bn)
+    parts |= _given(
+        widths=train.widths, num_random=train.num_random, teacher=train.teacher, norm=train.bn, views=train.views
+    )
     if parts["widths"] == "all":
         parts["num_random"] = 0  # nothing is drawn, whatever was written: one regime, one stage key
     return parts
@@ -288,15 +298,15 @@ def _given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-REGIME_KEYS = frozenset({"widths", "num_random", "teacher", "bn"})
+REGIME_KEYS = frozenset({"widths", "num_random", "teacher", "bn", "views"})
 """Settings below `supernet.train` that are part of a regime; the core takes them resolved."""
 
 
 def resolve_regime(supernet: SupernetConfig) -> Regime:
     """The sub-networks that a step trains and their teacher.
 
-    In order of precedence: supernet.train.{widths, num_random, teacher, bn}, supernet.regime,
-    supernet.bootstrapping.{mode, num_random}, ib.
+    In order of precedence: supernet.train.{widths, num_random, teacher, views, bn},
+    supernet.regime, supernet.bootstrapping.{mode, num_random}, ib.
     """
     return Regime(**_regime_parts(supernet))
 

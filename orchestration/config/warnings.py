@@ -8,7 +8,7 @@ from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
 from dsnet.settings import Device
 from dsnet.structure.settings import StructureSettings
-from dsnet.training.settings import TrainSettings
+from dsnet.training.settings import EMA_TEACHERS, TrainSettings
 from dsnet.wording import plural
 from orchestration.config.objectives import HardConstraint
 from orchestration.config.resolve import enqueued_points, gate_space, halving_rungs, resolve_cohort, supernet_space
@@ -138,7 +138,7 @@ def _training_warnings(supernet: SupernetConfig) -> Iterator[str]:
             yield f"supernet.train.{name} {value:g} is not used: with teacher none, all sub-networks learn from the labels"
     if supernet.train.precision == "bf16" and _trains_on_cpu(supernet.device):
         yield "supernet.train.precision bf16 on a CPU: slower than float32 below large batches"
-    if regime.norm == "recalibrate" and regime.teacher in ("ema", "ema_ensemble"):
+    if regime.norm == "recalibrate" and regime.teacher in EMA_TEACHERS:
         yield (
             f"supernet.train.bn recalibrate with teacher {regime.teacher}: "
             "the EMA copy keeps no statistics while it trains, and always normalises by the batch"

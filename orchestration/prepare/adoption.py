@@ -50,7 +50,7 @@ def standalone_config(config: SweepConfig) -> StandaloneConfig:
             "supernet": {
                 **supernet.model_dump(mode="json", include=set(kept)),
                 "train": train,
-                "regime": asdict(resolve_regime(supernet)),
+                "regime": resolve_regime(supernet).to_json(),
                 "bootstrapping": bootstrapping,
                 "structure": asdict(supernet.structure.settings()),
             },

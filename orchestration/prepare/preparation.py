@@ -202,10 +202,17 @@ class Prepared:
                 )
         return (
             *warnings,
+            *self._equal_views(),
             *self._small_holdout(),
             *self._too_fine(),
             *hopeless_conditions(self.config, self.subnets, self.image_size),
         )
+
+    def _equal_views(self) -> Iterator[str]:
+        """A warning about two views that are equal, because nothing is augmented."""
+        run = self.supernet_run
+        if run.regime.views == "own" and run.augmentation == Augmentation() and not self.config.data.stream:
+            yield "supernet.train.views own: data.augment changes no image, so that both views are equal; the regime is ib"
 
     def _small_holdout(self) -> Iterator[str]:
         """A warning about a hold-out that is too small for the search of the structure method."""

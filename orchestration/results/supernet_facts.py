@@ -130,7 +130,8 @@ class SupernetFacts:
         regime = self.run.regime
         name = next((name for name, known in REGIMES.items() if known == regime), "of its own")
         drawn = f", num_random {regime.num_random}" if regime.widths == "sandwich" else ""
-        return f"{name}: widths {regime.widths}{drawn}, teacher {regime.teacher}"
+        views = " with views of its own" if regime.views == "own" else ""
+        return f"{name}: widths {regime.widths}{drawn}, teacher {regime.teacher}{views}"
 
     def _start(self, init_from: str | None) -> str:
         origin = self.run.origin
@@ -217,6 +218,7 @@ def resolved_settings(config: SweepConfig) -> dict[str, Any]:
         "widths": regime.widths,
         "num_random": regime.num_random,
         "teacher": regime.teacher,
+        "views": regime.views,
         "bn": CHECKPOINT_MODEL if subnets is None else subnets.spec.norm,
     }
     return settings

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.processes import Answer, Command
 from dsnet.deploy.bundle import load_bundle
 from dsnet.errors import DsnetError
 from tests.hostile import REPOSITORY
-from tests.orchestration.samples import Answer, Command
 
 SWEEP = """\
 version: 1

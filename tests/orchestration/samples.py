@@ -7,25 +7,22 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import Answer, Command
 from dsnet.files import file_sha256
 from orchestration.cli import main
 from orchestration.progress import Bar, Task
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
-from tests.hostile import REPOSITORY, write_hostile_modules
+from tests.hostile import write_hostile_modules
 
 ONLY_BUNDLES = "export: {formats: [bundle]}\n"
 """Graphs for inference engines take seconds; few tests need them."""
@@ -48,24 +45,6 @@ ray: {{trial_actors: 1}}
 {ONLY_BUNDLES}"""
 SWEEP = "tiny.yaml"
 WITHOUT_MLFLOW = ("--set", "tracking.mlflow=false")
-PROGRAM = (sys.executable, "-c", "from dsnet_orch import main; main()")
-MARK = "DSNET_TEST_MARK"
-"""Environment variable by which all processes of one command are found, whatever their present
-parent."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The exit code and the output of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """stdout as JSON."""
-        return json.loads(self.out)
 
 
 def write_sweep(folder: Path, text: str = TINY, name: str = SWEEP) -> Path:
@@ -91,82 +70,6 @@ def call(folder: Path, *arguments: str | Path) -> Answer:
     finally:
         sys.argv = argv
     return Answer(code, out.getvalue(), err.getvalue())
-
-
-class Command:
-    """`dsnet-orch`, or another program, in a process group of its own, as a terminal starts it."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *arguments: str | Path,
-        program: Sequence[str] = PROGRAM,
-        python_path: Sequence[Path] = (),
-    ) -> None:
-        self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [*program, *map(str, arguments)],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*python_path, REPOSITORY))), MARK: self.mark},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def interrupt(self) -> None:
-        """Send SIGINT to the whole process group, as Ctrl-C does."""
-        os.killpg(self.process.pid, signal.SIGINT)
-
-    def wait(self, timeout_s: float = 240.0) -> Answer:
-        """Wait until it has ended; returns its answer."""
-        try:
-            out, err = self.process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self.end()
-            raise
-        return Answer(self.process.returncode, out, err)
-
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
-        """Wait until a condition holds while the command runs.
-
-        Raises:
-            AssertionError: it ended, or the time was over, before the condition held.
-        """
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.end()
-                raise AssertionError(f"the moment never came: {self.process.communicate()}")
-            time.sleep(0.002)
-
-    def pids(self) -> list[int]:
-        """Processes that it started and that still run, itself included."""
-        return [pid for pid in _all_pids() if self._is_ours(pid)]
-
-    def left_behind(self, patience_s: float = 15.0) -> list[str]:
-        """Commands of its processes that still run after it has ended; daemons get some seconds to
-        end."""
-        deadline = time.monotonic() + patience_s
-        while (pids := self.pids()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:200] for pid in pids]
-
-    def end(self) -> None:
-        """Kill it and all that it started."""
-        for pid in self.pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def _is_ours(self, pid: int) -> bool:
-        with suppress(OSError):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            return state != "Z" and f"{MARK}={self.mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
-        return False
-
-
-def _all_pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
 
 
 class Listeners:

@@ -60,8 +60,9 @@ def naive_step(
     kind: str,
     trust: str = "full",
     temperature: float = 1.0,
+    shown: Tensor | None = None,
 ) -> dict[str, float]:
-    """docs/methods.md, section 3, line by line.
+    """docs/methods.md, section 3, line by line; `shown` is what the teacher sees instead.
 
     One separate forward and backward for every sub-network; gradients accumulate.
     """
@@ -73,7 +74,7 @@ def naive_step(
         twin = copy.deepcopy(teacher)
         twin.train(subnet.name in plan.cold)
         with torch.no_grad():
-            logits = twin(images, subnet)
+            logits = twin(images if shown is None else shown, subnet)
         return torch.stack([torch.softmax(logits / t, 1) for t in (1.0, temperature)])
 
     def learn(subnet: Subnet, hard: Tensor, soft: Tensor | None = None, share: Tensor | float = 0.0) -> None:
@@ -416,3 +417,17 @@ def test_first_layers_run_once_for_declared_and_undeclared_sub_networks_together
     for name, value in wanted.items():
         if name.rpartition(".")[2].count("_") > depth:  # a prefix that reaches beyond the gate
             torch.testing.assert_close(met[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["ema", "ema_ensemble"])
+def test_a_teacher_with_a_view_of_its_own_answers_to_that_view(kind: str) -> None:
+    student, teacher = student_and_teacher()
+    naive_student = small_supernet("ds_tiny", seed=0).double().train()
+    plan = plan_of(student)
+    images, shown, labels = random_images(6).double(), random_images(6, seed=9).double(), random_labels(6)
+    rules = StepRules(teacher=kind, smoothing=SMOOTHING)
+    losses = supernet_step(student, teacher, images, labels, plan, rules, shown)
+    expected = naive_step(naive_student, teacher, images, labels, plan, kind, shown=shown)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, abs=1e-10)
+    for name, gradient in gradients(naive_student).items():
+        torch.testing.assert_close(gradients(student)[name], gradient, rtol=1e-8, atol=1e-10)

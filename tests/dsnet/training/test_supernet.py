@@ -24,7 +24,7 @@ from dsnet.training.losses import scale_penalty
 from dsnet.training.optimization import learning_rate, make_optimizer
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
 from dsnet.training.step import StepPlan
-from dsnet.training.supernet import TrainingCallbacks, _Session, checkpoint_stems, train_supernet
+from dsnet.training.supernet import STUDENT_VIEW, TrainingCallbacks, _Session, checkpoint_stems, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker
 from tests.dsnet.samples import (
@@ -239,6 +239,28 @@ def test_every_regime_and_optimiser_lowers_the_loss(tmp_path: Path, name: str) -
     assert final.spec.norm == (regime.norm or "private_stats")
     untouched = [name for name, value in final.named_buffers() if ".updates_" in name and int(value) == 0]
     assert untouched == []
+
+
+MVCO = replace(small_run().regime, views="own")
+
+
+def test_two_equal_views_are_in_place_bootstrapping_to_the_bit(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "two", small_run(regime=MVCO))
+    assert final_bytes(tmp_path / "two") != final_bytes(uninterrupted)
+    monkeypatch.setattr("dsnet.training.supernet.TEACHER_VIEW", STUDENT_VIEW)
+    train(tmp_path / "equal", small_run(regime=MVCO))
+    assert final_bytes(tmp_path / "equal") == final_bytes(uninterrupted)
+
+
+def test_a_resumed_training_repeats_both_views(tmp_path: Path) -> None:
+    run = small_run(regime=MVCO, train=replace(small_run().train, epochs=2, accumulate=2))
+    train(tmp_path / "a", run)
+    train(tmp_path / "b", run, should_stop=KillAt(2, lambda: True))  # within an epoch
+    kill(tmp_path / "b", 3, run)
+    train(tmp_path / "b", run)
+    assert final_bytes(tmp_path / "a") == final_bytes(tmp_path / "b")
 
 
 def test_all_widths_train_in_every_step(tmp_path: Path) -> None:

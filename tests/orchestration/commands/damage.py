@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import Answer
 from search.front.points import load_points
-from tests.orchestration.samples import SWEEP, WITHOUT_MLFLOW, Answer
+from tests.orchestration.samples import SWEEP, WITHOUT_MLFLOW
 
 RUN = Path("runs", "tiny")
 Corruption = Callable[[bytes], bytes | None]

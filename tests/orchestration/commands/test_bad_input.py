@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import Command
 from tests.orchestration.samples import (
     SWEEP,
     TINY,
     WITHOUT_MLFLOW,
-    Command,
     Finished,
     call,
     problems_of_message,

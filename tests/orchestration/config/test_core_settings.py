@@ -26,7 +26,7 @@ SHARED = ("seed", "data.", "supernet.", "gate.", "measure.")
 BOUNDS = (Ge, Gt, Le, Lt, MinLen, MaxLen)
 OPEN = {
     *DERIVED_KEYS,
-    *(f"supernet.train.{name}" for name in ("widths", "num_random", "teacher")),
+    *(f"supernet.train.{name}" for name in ("widths", "num_random", "teacher", "views")),
     "data.augment.crop_padding",
     "data.augment.flip",
 }

@@ -294,6 +294,10 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
             "bootstrapping.mode: ib contradicts supernet.regime ieb, whose teacher is ema_ensemble; keep one",
         ),
         (
+            {"supernet": {"model": "m", "regime": "mvco", "train": {"teacher": "inplace"}}},
+            "train.views: teacher inplace sees no images of its own; choose teacher ema or ema_ensemble, or views same",
+        ),
+        (
             {"supernet": {"model": "m", "regime": "ib", "bootstrapping": {"num_random": 4}}},
             "bootstrapping.num_random: 4 contradicts supernet.regime ib, which draws 3; write it as supernet.train",
         ),
@@ -436,6 +440,7 @@ NOT_NULL: dict[str, Any] = {
     "supernet.regime": "ib",
     "supernet.train.widths": "all",
     "supernet.train.teacher": "ema",
+    "supernet.train.views": "same",
     "supernet.train.bn": "group_norm",
     "supernet.bootstrapping.mode": "ib",
 }

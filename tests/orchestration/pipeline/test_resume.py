@@ -12,18 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import Answer, Command
 from dsnet.files import file_sha256
-from tests.orchestration.samples import (
-    SWEEP,
-    WITHOUT_MLFLOW,
-    Answer,
-    Command,
-    Finished,
-    call,
-    results_in,
-    study_of,
-    write_sweep,
-)
+from tests.orchestration.samples import SWEEP, WITHOUT_MLFLOW, Finished, call, results_in, study_of, write_sweep
 
 pytestmark = pytest.mark.ray
 SEARCH_JOURNAL = "search/*/study.journal"

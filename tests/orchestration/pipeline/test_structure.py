@@ -14,6 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 
+from benchmarks.processes import Answer, Command
 from dsnet.errors import StoppedError
 from dsnet.files import file_sha256
 from dsnet.space.entry_gate import differs_before_gates
@@ -27,17 +28,7 @@ from orchestration.results.training_review import facts_of
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StageDir, plan_stages
 from orchestration.workers.supernet import SupernetJob
-from tests.orchestration.samples import (
-    SWEEP,
-    TINY,
-    WITHOUT_MLFLOW,
-    Answer,
-    Command,
-    call,
-    results_in,
-    snapshot,
-    write_sweep,
-)
+from tests.orchestration.samples import SWEEP, TINY, WITHOUT_MLFLOW, call, results_in, snapshot, write_sweep
 
 STRUCTURE = "{method: greedy, targets: [0.4, 0.7, 1.0], pin: gate, step: 16, levels: 4, holdout: 0.2, epochs: 2}"
 

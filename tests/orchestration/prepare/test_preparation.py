@@ -36,7 +36,7 @@ RECORDED = Normalization((30.0,), (60.0,))
 
 def prepared_with(supernet: dict[str, Any], **sections: Any) -> Prepared:
     """Digits, few of them, on a small network."""
-    settings = {"version": 1, "name": "t", "data": {"name": "digits", "limit": 60}}
+    settings: dict[str, Any] = {"version": 1, "name": "t", "data": {"name": "digits", "limit": 60}}
     options = {} if supernet.get("model") == CHECKPOINT_MODEL else {"options": {"num_routes": 3, "width": 0.5}}
     written = {"model": "ds_tiny", "device": "cpu", **options, **supernet}
     return prepare(SweepConfig.model_validate({**settings, "supernet": written, **sections}))
@@ -406,3 +406,18 @@ def test_conditions_that_nothing_on_this_network_can_hold_are_warned_about() -> 
     assert "madds_m <= 0.0001" in second
     open_to_all = prepared_with({}, constraints=["top1 >= 0.95"], budget={"trials": 4, "target": ["madds_m <= 1000"]})
     assert not any("can hold" in warning for warning in open_to_all.warnings())
+
+
+def test_the_views_are_part_of_the_key_where_the_teacher_has_its_own() -> None:
+    same, own = prepared_with({}), prepared_with({"regime": "mvco"})
+    assert "views" not in supernet_key_parts(same)["supernet"]["regime"]
+    assert supernet_key_parts(own)["supernet"]["regime"]["views"] == "own"
+    assert SupernetRun.from_json(own.supernet_run.to_json()) == own.supernet_run
+    assert "views" not in same.supernet_run.to_json()["regime"]
+
+
+def test_two_views_of_images_that_nothing_augments_are_told() -> None:
+    data = {"name": "digits", "limit": 60, "augment": {"crop_padding": 0, "flip": False}}
+    (warning,) = [text for text in prepared_with({"regime": "mvco"}, data=data).warnings() if "views" in text]
+    assert "both views are equal" in warning
+    assert not any("views" in text for text in prepared_with({"regime": "mvco"}).warnings())

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.processes import Command
 from dsnet.deploy.bundle import Bundle, load_bundle
 from dsnet.deploy.prediction import Predictions
 from tests.dsnet.samples import random_pixels
-from tests.orchestration.samples import Command, Listeners, call
+from tests.orchestration.samples import Listeners, call
 from tests.orchestration.serving.samples import png, save_served
 
 pytest.importorskip("grpc", reason="extra serve is not installed")

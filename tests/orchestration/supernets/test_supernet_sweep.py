@@ -24,6 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from benchmarks.processes import Answer, Command
 from dsnet.deploy.bundle import load_bundle
 from dsnet.files import file_sha256
 from dsnet.measure.latency import MachineLoad
@@ -41,16 +42,7 @@ from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
 from search.front.points import load_points, trial_name
 from search.study.study import TrialRecord
-from tests.orchestration.samples import (
-    TIMES,
-    WITHOUT_MLFLOW,
-    Answer,
-    Command,
-    call,
-    record_config,
-    snapshot,
-    write_sweep,
-)
+from tests.orchestration.samples import TIMES, WITHOUT_MLFLOW, call, record_config, snapshot, write_sweep
 
 SUPERNETS = """\
 version: 1

@@ -24,6 +24,7 @@ from ray.exceptions import OutOfMemoryError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
+from benchmarks.processes import Command
 from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import CheckpointError, ConfigError, DsnetError, PreflightError, StoppedError
@@ -44,7 +45,6 @@ from orchestration.workers.tune_supernets import (
     static_hypervolume,
     stored_fates,
 )
-from tests.orchestration.samples import Command
 from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Dies, DiesLater, Sweep
 
 
