@@ -195,9 +195,12 @@ def test_an_import_path_needs_permission(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-def test_an_image_that_is_too_small_is_refused_with_its_size() -> None:
-    with pytest.raises(ConfigError, match="does not run on an image of 3 x 8 x 64"):
+def test_an_image_that_is_too_small_is_refused_with_its_size(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"VGG does not run on an image of 3 x 8 x 64: .*Output size is too small; choose"
+    ):
         layout("vgg11_bn", Task(10, 3, (8, 64)))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow
