@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsnet.families import family_names, layout, rebuild
+from dsnet.image_size import ImageSize
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
 from dsnet.space.entry_gate import with_entry_gate
@@ -55,6 +56,10 @@ FAMILIES = (*HAND_WRITTEN, TRACED[0])
 """Families where one traced network stands for all."""
 
 
+OBLONG = (13, 18)
+"""Height and width of images that are no squares."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One supernet to test."""
@@ -72,13 +77,13 @@ class Case:
     def __str__(self) -> str:
         return f"{self.family}-{self.name}"
 
-    def subnets(self, num_classes: int = 10, image_size: int = 16) -> SubnetSet:
+    def subnets(self, num_classes: int = 10, image_size: ImageSize = 16) -> SubnetSet:
         """Its sub-networks."""
         own = layout(self.family, task(num_classes, image_size), self.options, self.norm)
         own = neighbours(own) if self.is_handmade else own
         return with_entry_gate(early(own)) if self.is_early else own
 
-    def supernet(self, seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
+    def supernet(self, seed: int = 0, num_classes: int = 10, image_size: ImageSize = 16) -> Supernet:
         """Its supernet in eval mode, with every parameter and statistic away from its initial
         value."""
         generator = torch.Generator().manual_seed(seed)

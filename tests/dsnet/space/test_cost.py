@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet.deploy.materialize import materialize
 from dsnet.families import Task, create, layout
+from dsnet.image_size import ImageSize
 from dsnet.network.supernet import restrict
 from dsnet.space.cost import evidence_channels, gate_madds, pooling_madds, shared_params, subnet_cost
 from dsnet.space.spec import Subnet
-from tests.dsnet.cases import CASES, ONE_NORM_CASES, Case
+from tests.dsnet.cases import CASES, OBLONG, ONE_NORM_CASES, Case
 from tests.dsnet.samples import random_images, small_supernet
 
 PUBLISHED_MADDS_M = (132.9, 152.9, 175.2, 199.6, 226.2, 255.1, 286.2, 319.4, 354.9, 392.6, 432.5, 474.6, 518.9, 565.4)
@@ -84,9 +85,9 @@ def test_ds_mbnet_has_the_parity_madds_at_64_pixels() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "num_classes"), [(9, 1), (23, 100)])
+@pytest.mark.parametrize(("size", "num_classes"), [(9, 1), ((23, 14), 100)])
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
-def test_analytic_madds_equal_a_counted_forward(case: Case, size: int, num_classes: int) -> None:
+def test_analytic_madds_equal_a_counted_forward(case: Case, size: ImageSize, num_classes: int) -> None:
     supernet = case.supernet(num_classes=num_classes)
     images = random_images(1, size)
     for subnet in supernet.subnets.all:
@@ -99,11 +100,11 @@ def test_analytic_madds_equal_a_counted_forward(case: Case, size: int, num_class
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
 def test_analytic_madds_equal_a_counted_forward_of_the_materialised_module(case: Case, fold_bn: bool) -> None:
     supernet = case.supernet()
-    images = random_images(1, 15)
+    images = random_images(1, OBLONG)
     for subnet in (supernet.subnets[0], supernet.subnets.largest):
         plain = materialize(supernet, subnet, fold_bn=fold_bn)
         counted = counted_madds(lambda plain=plain: plain(images))
-        assert counted == subnet_cost(supernet.spec, subnet, 15).madds
+        assert counted == subnet_cost(supernet.spec, subnet, OBLONG).madds
 
 
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
@@ -111,8 +112,8 @@ def test_analytic_madds_equal_a_counted_forward_of_the_materialised_module(case:
 def test_each_segment_costs_what_it_counts(case: Case) -> None:
     supernet = case.supernet()
     subnet = supernet.subnets[-1]
-    cost = subnet_cost(supernet.spec, subnet, 13)
-    features = random_images(1, 13)
+    cost = subnet_cost(supernet.spec, subnet, OBLONG)
+    features = random_images(1, OBLONG)
     for gate, madds in enumerate(cost.segments[:-1]):
         segment = supernet.cut_upto_gate(gate, subnet).eval()
         assert counted_madds(lambda segment=segment, features=features: segment(features)) == madds
@@ -140,10 +141,10 @@ def test_a_gate_costs_what_its_head_counts(case: Case) -> None:
             assert attention.hidden == gate.hidden
 
 
-@pytest.mark.parametrize("size", [13])
+@pytest.mark.parametrize("size", [OBLONG])
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
 @torch.no_grad()
-def test_a_pooling_costs_what_the_attentions_own_pooling_counts(case: Case, size: int) -> None:
+def test_a_pooling_costs_what_the_attentions_own_pooling_counts(case: Case, size: ImageSize) -> None:
     supernet = case.supernet()
     for subnet in (supernet.subnets[0], supernet.subnets.largest):
         features = random_images(1, size)
@@ -157,9 +158,9 @@ def test_a_pooling_costs_what_the_attentions_own_pooling_counts(case: Case, size
 
 
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
-@pytest.mark.parametrize("size", [16, 24])
+@pytest.mark.parametrize("size", [16, (24, 17)])
 @torch.no_grad()
-def test_the_channels_of_a_gates_evidence_are_those_that_it_pools(case: Case, size: int) -> None:
+def test_the_channels_of_a_gates_evidence_are_those_that_it_pools(case: Case, size: ImageSize) -> None:
     supernet = case.supernet()
     for subnet in supernet.subnets:
         features = random_images(1, size)
@@ -179,8 +180,8 @@ def test_a_gate_without_its_attention_has_no_pooling() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [32, 33])
-def test_full_width_ds_mbnet_equals_a_counted_forward(size: int) -> None:
+@pytest.mark.parametrize("size", [32, (33, 20)])
+def test_full_width_ds_mbnet_equals_a_counted_forward(size: ImageSize) -> None:
     supernet = create("ds_mbnet", Task(10, 3, 32)).eval()
     images = random_images(1, size)
     for subnet in supernet.subnets.all:
