@@ -381,8 +381,7 @@ def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
     if start is not None:
         prepared = replace(prepared, start=StartPoint.of(start, prepared.subnets))
     fresh = () if prepared.start is None else prepared.start.fresh
-    has_batch_norm = prepared.subnets.spec.norm != "group_norm"
-    problem = penalty_problem(prepared.supernet_run.train.gamma_l1, has_batch_norm)
+    problem = penalty_problem(prepared.supernet_run.train.gamma_l1, prepared.subnets.spec.has_batch_norm)
     if problem is not None:
         raise ConfigError(problem)
     check_start(prepared.supernet_run, start, fresh, len(prepared.image_set.class_names))
