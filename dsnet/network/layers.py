@@ -451,6 +451,16 @@ class SlicedAttention(nn.Module):
         return plain
 
 
+def undecayed(module: nn.Module) -> frozenset[str]:
+    """The names of a network's parameters that weight decay leaves alone although they have two or
+    more dimensions: those that a part of it lists as `UNDECAYED`."""
+    return frozenset(
+        f"{name}.{leaf}" if name else leaf
+        for name, part in module.named_modules()
+        for leaf in getattr(type(part), "UNDECAYED", ())
+    )
+
+
 def key_suffix(prefix: tuple[int, ...]) -> str:
     """The end of the names of the tensors that a norm keeps for one key."""
     return "_".join(map(str, prefix))

@@ -98,7 +98,7 @@ class StructureProblem:
         """Channel groups of which every member has all channels: those that the network pins, and
         with `pin: gate` those before the first gate."""
         shared = self.spec.num_prefix_groups(0) if self.spec.gates and self.settings.pin == "gate" else 0
-        return frozenset(number for number, group in enumerate(self.spec.groups) if group.pinned or number < shared)
+        return frozenset(number for number, group in enumerate(self.spec.groups) if group.is_fixed or number < shared)
 
     def options(self, levels: int | None) -> tuple[Widths, ...]:
         """For every channel group its possible widths, in increasing order; a fixed group has one.
@@ -372,7 +372,7 @@ def check_common(problem: StructureProblem) -> None:
     """
     spec, step = problem.spec, problem.settings.step
     for number, group in enumerate(spec.groups):
-        if number not in problem.fixed and group.max_width < step:
+        if number not in problem.fixed and not group.choices and group.max_width < group.step(step):
             raise ConfigError(
                 f"supernet.structure.step is {step}, but channel group {group.name!r} has only {group.max_width} channels: "
                 f"use a step of at most {group.max_width}"

@@ -35,7 +35,7 @@ def spec_of(*groups: ChannelGroup) -> SupernetSpec:
 
 
 def test_a_smaller_kernel_is_the_centre_of_the_larger_one() -> None:
-    axis = Axis.kernel(0, spec_of(ChannelGroup("kernel", 7, is_kernel=True)))
+    axis = Axis.kernel(0, spec_of(ChannelGroup("kernel", 7, kind="kernel")))
     assert [axis.runs((size,)) for size in (1, 3, 5, 7)] == [[(3, 1)], [(2, 3)], [(1, 5)], [(0, 7)]]
     assert axis.narrowed((5,)).runs((3,)) == [(1, 3)]
     assert torch.equal(take(torch.arange(7.0), (axis,), (3,)), torch.tensor([2.0, 3.0, 4.0]))

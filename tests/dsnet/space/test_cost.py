@@ -39,7 +39,7 @@ class PooledElements(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_mean = func is torch.ops.aten.mean.dim and args[0].ndim == 4
+        is_mean = func is torch.ops.aten.mean.dim and args[0].ndim >= 3
         if is_mean or func in _POOLING:
             self.count += args[0].numel()
         return func(*args, **(kwargs or {}))
@@ -88,6 +88,7 @@ def test_ds_mbnet_has_the_parity_madds_at_64_pixels() -> None:
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
 def test_analytic_madds_equal_a_counted_forward(case: Case, size: int, num_classes: int) -> None:
     supernet = case.supernet(num_classes=num_classes)
+    size = case.runs_at(size)
     images = random_images(1, size)
     for subnet in supernet.subnets.all:
         counted = counted_madds(lambda subnet=subnet: supernet(images, subnet))
@@ -99,11 +100,12 @@ def test_analytic_madds_equal_a_counted_forward(case: Case, size: int, num_class
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
 def test_analytic_madds_equal_a_counted_forward_of_the_materialised_module(case: Case, fold_bn: bool) -> None:
     supernet = case.supernet()
-    images = random_images(1, 15)
+    size = case.runs_at(15)
+    images = random_images(1, size)
     for subnet in (supernet.subnets[0], supernet.subnets.largest):
         plain = materialize(supernet, subnet, fold_bn=fold_bn)
         counted = counted_madds(lambda plain=plain: plain(images))
-        assert counted == subnet_cost(supernet.spec, subnet, 15).madds
+        assert counted == subnet_cost(supernet.spec, subnet, size).madds
 
 
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
@@ -111,8 +113,9 @@ def test_analytic_madds_equal_a_counted_forward_of_the_materialised_module(case:
 def test_each_segment_costs_what_it_counts(case: Case) -> None:
     supernet = case.supernet()
     subnet = supernet.subnets[-1]
-    cost = subnet_cost(supernet.spec, subnet, 13)
-    features = random_images(1, 13)
+    size = case.runs_at(13)
+    cost = subnet_cost(supernet.spec, subnet, size)
+    features = random_images(1, size)
     for gate, madds in enumerate(cost.segments[:-1]):
         segment = supernet.cut_upto_gate(gate, subnet).eval()
         assert counted_madds(lambda segment=segment, features=features: segment(features)) == madds
@@ -145,6 +148,7 @@ def test_a_gate_costs_what_its_head_counts(case: Case) -> None:
 @torch.no_grad()
 def test_a_pooling_costs_what_the_attentions_own_pooling_counts(case: Case, size: int) -> None:
     supernet = case.supernet()
+    size = case.runs_at(size)
     for subnet in (supernet.subnets[0], supernet.subnets.largest):
         features = random_images(1, size)
         for gate in range(len(supernet.spec.gates)):
@@ -161,6 +165,7 @@ def test_a_pooling_costs_what_the_attentions_own_pooling_counts(case: Case, size
 @torch.no_grad()
 def test_the_channels_of_a_gates_evidence_are_those_that_it_pools(case: Case, size: int) -> None:
     supernet = case.supernet()
+    size = case.runs_at(size)
     for subnet in supernet.subnets:
         features = random_images(1, size)
         for gate in range(len(supernet.spec.gates)):
