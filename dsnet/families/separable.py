@@ -198,7 +198,7 @@ def _layout(plan: Plan, task: Task, options: Mapping[str, Any]) -> SubnetSet:
     kernel_group = gated_stage + 1 if plan.kernels else None
     groups = tuple(widest)
     if kernel_group is not None:
-        kernel = ChannelGroup("kernel", max(plan.kernels), is_kernel=True)
+        kernel = ChannelGroup("kernel", max(plan.kernels), kind="kernel", choices=plan.kernels)
         groups = (*widest[:kernel_group], kernel, *widest[kernel_group:])
     place = {index: index + (kernel_group is not None and index >= kernel_group) for index in range(len(widest))}
     hidden = 0
