@@ -25,8 +25,14 @@ from dsnet.zoo import ZOO
 from tests.dsnet.samples import SMALL_OPTIONS, shaken, task
 
 FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "ds_mbnet": {"own widths": {"width": 0.25, "gated_widths": [[37, 50], [41, 90]]}},
-    "ds_tiny": {"own widths": {"gated_widths": [[7, 11, 30], [5, 6, 64]]}},
+    "ds_mbnet": {
+        "own widths": {"width": 0.25, "gated_widths": [[37, 50], [41, 90]]},
+        "kernels": {"width": 0.25, "num_routes": 2, "kernels": [3, 5], "combine": "all"},
+    },
+    "ds_tiny": {
+        "own widths": {"gated_widths": [[7, 11, 30], [5, 6, 64]]},
+        "kernels": {"num_routes": 3, "kernels": [1, 3, 5]},
+    },
     "ds_resnet": {
         "padded": {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0], "streams": "padded"},
         "bottleneck": {
@@ -180,6 +186,8 @@ def _cases() -> list[Case]:
         cases.append(Case("handmade private_affine", family, small, "private_affine", is_handmade=True))
         for name, options in FURTHER_OPTIONS.get(family, {}).items():
             cases.append(Case(name, family, options, None))
+    kernels = FURTHER_OPTIONS["ds_tiny"]["kernels"]
+    cases.append(Case("kernels handmade private_affine", "ds_tiny", kernels, "private_affine", is_handmade=True))
     ids = {"step": 2, "streams": "ids"}
     cases.append(
         Case("ids handmade private_affine", "tests.dsnet.nets:Stream", ids, "private_affine", is_handmade=True)
