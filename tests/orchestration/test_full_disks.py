@@ -82,7 +82,10 @@ def test_launches_on_a_disk_that_grows_end_as_on_a_large_one(finished: Finished,
             codes.append(answer.code)
             if answer.code == 0:
                 break
-            assert problems_of_message(answer, ("the disk is full", "No space left on device", "/d/")) == [], size
+            assert problems_of_message(answer, ("the disk is full", "No space left on device", "/d/")) == [], (
+                size,
+                answer.err,
+            )
         print(f"\nexit codes {codes}")  # noqa: T201 - what the long run reports
         assert set(codes[:-1]) == {3, 6}
         assert codes[-1] == 0
