@@ -36,6 +36,9 @@ Magnitude = Annotated[float, Ge(0), Le(MAX_MAGNITUDE)]
 CropScale = Annotated[tuple[PositiveFraction, ...], Len(2, 2)]
 SplitSize = Annotated[float, Gt(0), Lt(1)] | PositiveInt | None
 """A fraction (float), a number of images (int), or None for the default."""
+FEW_IMAGES = 100
+"""Below this many images in `val` or `test` one image is more than a percentage point of
+accuracy, so that routers cannot be compared reliably."""
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,6 @@ gates."""
 TRAIN_SAMPLE = 1000
 """Number of images of `train` on which the widest route is evaluated too: its error of about one
 percentage point is small enough to detect overfitting."""
-TRAIN_SAMPLE_FILE = "train_sample.json"
-"""File of this accuracy in the folder of the measure stage; runs of earlier releases have none."""
 
 
 @exact_float32()

@@ -250,10 +250,9 @@ class TracedLayerNorm(nn.Module):
         """The slice as a plain LayerNorm."""
         weight, bias = self._slices(widths)
         plain = nn.LayerNorm(self.channels.size(widths), self.eps, weight is not None, bias is not None)
-        with torch.no_grad():
-            for parameter, value in ((plain.weight, weight), (plain.bias, bias)):
-                if value is not None:
-                    parameter.copy_(value)
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None:
+                plain.register_parameter(name, nn.Parameter(value.detach().clone()))
         return plain
 
     def _slices(self, widths: Widths) -> tuple[Tensor | None, Tensor | None]:

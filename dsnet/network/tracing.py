@@ -73,7 +73,7 @@ class _CountingShapes(ShapeProp):
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused operation
         try:
-            with FlopCounterMode(display=False, custom_mapping=_FUSED) as self._counter:
+            with FlopCounterMode(display=False, custom_mapping=FUSED) as self._counter:
                 return super().propagate(*args)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -89,8 +89,9 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return int(sdpa_flop_count(query, key, value))
 
 
-_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-"""Operations that torch's counter takes for free."""
+FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""Operations that torch's counter of FLOPs takes for free, with their formulas: its
+`custom_mapping`."""
 
 
 def _line_of(error: BaseException, module: nn.Module) -> str:

@@ -1,9 +1,9 @@
 """Analytic cost of a sub-network, MAdds and parameters, from the spec alone (without torch).
 
 MAdds are multiply-accumulates of one image (1 MAC = 2 FLOPs). As usual in the field, convolutions,
-linear layers and pooling (C*H*W of its input) count; BatchNorm, activations, biases and
-element-wise products do not. Slimming heads are not included: a route's dynamic cost is its
-sub-network's plus `gate_madds` (docs/methods.md, sections 2 and 4).
+linear layers, the products of self-attention and pooling (C*H*W of its input) count; norms,
+activations, softmax, biases and element-wise products do not. Slimming heads are not included: a
+route's dynamic cost is its sub-network's plus `gate_madds` (docs/methods.md, sections 2 and 4).
 """
 
 from __future__ import annotations
@@ -60,10 +60,16 @@ def op_costs(spec: SupernetSpec, subnet: Subnet, image_size: ImageSize) -> list[
     costs = []
     for op in spec.ops:
         size = sizes[op.reads]
+        if not op.runs(subnet.widths):
+            sizes[op.name] = size
+            costs.append((0, 0))
+            continue
         sizes[op.name] = _output_size(op, size)
         num_in = op.input_width(spec, subnet.widths)
         is_traced_depthwise = op.kind == "depthwise" and op.parts
-        num_out = num_in * op.divisions if is_traced_depthwise else spec.width_of(op.out_group, subnet.widths)
+        num_out = (
+            num_in * op.divisions if is_traced_depthwise else op.out_repeat * spec.width_of(op.out_group, subnet.widths)
+        )
         taps = _taps(op, spec, subnet)
         costs.append((_madds(op, taps, (num_in, num_out), size, sizes[op.name]), _params(op, taps, num_in, num_out)))
     return costs
@@ -104,7 +110,7 @@ def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: Ima
         size = sizes[op.reads]
         if op.name == spec.gates[gate].attention:
             return op.input_width(spec, subnet.widths) * size[0] * size[1]
-        sizes[op.name] = _output_size(op, size)
+        sizes[op.name] = _output_size(op, size) if op.runs(subnet.widths) else size
     raise ValueError(_no_attention(spec, gate))
 
 
@@ -135,6 +141,8 @@ def _output_size(op: Op, size: Pair) -> Pair:
         return op.window.output_size(size)
     if op.kind in ("pool", "linear"):
         return 1, 1
+    if op.kind == "tokens":
+        return size[0] * size[1] + 1, 1
     return -(-size[0] // op.stride), -(-size[1] // op.stride)
 
 
@@ -143,19 +151,19 @@ def _madds(op: Op, taps: int, channels: Pair, size_in: Pair, size_out: Pair) -> 
     num_in, num_out = channels
     pixels_in, pixels_out = size_in[0] * size_in[1], size_out[0] * size_out[1]
     match op.kind:
-        case "conv":
-            return taps * num_in * num_out * pixels_out
-        case "grouped":
+        case "conv" | "grouped":
             return taps * (num_in // op.divisions) * num_out * pixels_out
         case "depthwise":
             return taps * num_in * op.divisions * pixels_out
         case "attention":
-            return num_in * pixels_in + 2 * op.hidden * num_in
+            return num_in * pixels_in + (op.divisions + 1) * op.hidden * num_in
         case "pool" | "maxpool":
             return num_in * pixels_in
         case "linear":
             return num_in * num_out
-        case "norm" | "scale" | "fixed":
+        case "mixing":
+            return 2 * num_in * pixels_in**2
+        case "norm" | "scale" | "tokens" | "fixed":
             return op.fixed_madds
 
 
@@ -176,10 +184,10 @@ def _params(op: Op, taps: int, num_in: int, num_out: int) -> int:
         case "depthwise":
             return taps * num_in * op.divisions + further
         case "attention":
-            return 2 * op.hidden * num_in + op.hidden + num_in
-        case "pool" | "maxpool" | "fixed":
+            return (op.divisions + 1) * op.hidden * num_in + op.hidden + num_in
+        case "pool" | "maxpool" | "mixing" | "fixed":
             return op.fixed_params
         case "linear":
             return num_in * num_out + (num_out if op.has_bias or not op.parts else 0)
-        case "norm" | "scale":
+        case "norm" | "scale" | "tokens":
             return num_in * (2 if op.kind == "norm" else op.divisions)

@@ -34,19 +34,21 @@ from dsnet.files import atomic_write_json, read_json
 from dsnet.image_size import image_size_of
 from dsnet.measure.evaluate import (
     EVALUATION_BATCH,
-    TRAIN_SAMPLE_FILE,
     build_routing_table,
     join_tables,
     measure_subnets,
     sample_training_images,
 )
-from dsnet.measure.latency import device_name, latency_file, measure_latency
+from dsnet.measure.latency import device_name, measure_latency
+from dsnet.measure.latency_table import latency_file
+from dsnet.measure.settings import TRAIN_SAMPLE_FILE
 from dsnet.network.supernet import Supernet
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.settings import Device
 from dsnet.standalone.output_folder import STAGES, OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
-from dsnet.stored.checkpoint import STRUCTURE, load_supernet
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.stored.names import FINAL, STRUCTURE
 from dsnet.structure.method import Base, Candidate, Score, StructureProblem
 from dsnet.structure.methods import check_structure
 from dsnet.structure.problem import structure_problem
@@ -55,7 +57,7 @@ from dsnet.structure.search import Scorer
 from dsnet.structure.stage import HeldOut, StructureWork
 from dsnet.training.normalizing import choose_normalization
 from dsnet.training.start import Start, check_start, first_weights, lay_out, load_start
-from dsnet.training.supernet import FINAL, TrainingCallbacks, train_supernet
+from dsnet.training.supernet import TrainingCallbacks, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 
 PACKAGES = ("dsnet-orch", "torch", "numpy", "safetensors", "Pillow", "pyarrow", "scikit-learn")

@@ -50,4 +50,4 @@ def _may_differ_before_gates(problem: StructureProblem) -> bool:
         return False
     if isinstance(method, Listed):
         return differs_before_gates(SubnetSet(spec, written_members(problem)))
-    return any(not group.pinned for group in spec.groups[: spec.num_prefix_groups(0)])
+    return any(not group.is_fixed for group in spec.groups[: spec.num_prefix_groups(0)])

@@ -16,12 +16,12 @@ from dsnet.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, holds_cifar10
 from dsnet.data.cifar100 import holds_cifar100
 from dsnet.data.hub_parquet import parquet_files_below
 from dsnet.data.registry import load_images
-from dsnet.data.settings import MAX_IMAGE_SIZE, can_mirror
-from dsnet.data.splits import FEW_IMAGES, Splits, make_splits, splits_of
+from dsnet.data.settings import FEW_IMAGES, MAX_IMAGE_SIZE, can_mirror
+from dsnet.data.splits import Splits, make_splits, splits_of
 from dsnet.data.survey import Survey, survey_folder
 from dsnet.errors import ConfigError, DataError
 from dsnet.families import Task, family_names, layout
-from dsnet.files import atomic_write_text
+from dsnet.files import atomic_write_text, writing
 from dsnet.image_size import ImageSize, height_and_width, image_size_of, shorter_side, size_in_words
 from dsnet.space.cost import subnet_cost
 from dsnet.training.data_defaults import DataDefault, DataFacts, data_defaults
@@ -109,7 +109,8 @@ def init_sweep(
     load_source_text(
         parse_yaml(text, str(path)), known_models=family_names()
     )  # raises if the written file is not valid
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)
     return path, seen
 

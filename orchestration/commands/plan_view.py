@@ -87,7 +87,13 @@ def plan_content(plan: SweepPlan) -> dict[str, Any]:
         "forecast": None if plan.forecast is None else plan.forecast.to_json(),
         "subnets": [{"name": name, "madds_m": madds, "params_m": params} for name, madds, params in plan.routes],
         "groups": [
-            {"name": group.name, "channels": group.max_width, "layers": list(layers), "pinned": group.pinned or None}
+            {
+                "name": group.name,
+                "kind": group.kind,
+                "channels": group.max_width,
+                "layers": list(layers),
+                "pinned": group.pinned or None,
+            }
             for group, layers in group_layers(data.subnets.spec)
         ],
         "gate_places": [
@@ -227,13 +233,19 @@ def _show_groups(spec: SupernetSpec, everything: bool) -> None:
     )
     show_table(
         columns,
-        [(group.name, str(group.max_width), ", ".join(layers), group.pinned) for group, layers in shown],
+        [(group.name, _width_in_words(group), ", ".join(layers), group.pinned) for group, layers in shown],
         rest="",
     )
     if num_pinned:
         tell(
             f"{num_pinned} of {plural(len(spec.groups), 'channel group')} are pinned: every sub-network has all their channels"
         )
+
+
+def _width_in_words(group: ChannelGroup) -> str:
+    """The largest width of a group, with its unit where that is not channels."""
+    unit = {"heads": "head", "depth": "block", "kernel": "pixel"}.get(group.kind)
+    return str(group.max_width) if unit is None else plural(group.max_width, unit)
 
 
 def _show_places(facts: SupernetFacts, everything: bool) -> None:

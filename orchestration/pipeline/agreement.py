@@ -21,14 +21,16 @@ from dsnet.deploy.onnx_files import GraphSegments, open_model, write_graphs
 from dsnet.deploy.segments import Segments
 from dsnet.errors import VerificationError
 from dsnet.image_size import ImageSize, image_size_of
-from dsnet.measure.latency import MachineLoad, Timing, device_name, time_interleaved, waiter
+from dsnet.measure.latency import device_name, time_interleaved, waiter
+from dsnet.measure.latency_table import MachineLoad, Timing
 from dsnet.measure.settings import LatencySettings
 from dsnet.network.precision import exact_float32
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router
 from dsnet.routing.retrace import Retrace
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import TableRun
 from dsnet.space.route_tree import RouteTree
 from orchestration.results.verified import Agreement, DynamicLatency
 

@@ -32,7 +32,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import RESULT_VERSIONS
-from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.stored.names import FINAL, STRUCTURE
 from dsnet.structure.expected import expected_subnets
 from dsnet.structure.method import Base, StructureProblem
 from dsnet.structure.methods import check_structure, structure_method
@@ -43,7 +43,7 @@ from dsnet.training.normalizing import ChosenNormalization, choose_normalization
 from dsnet.training.plain_start import PlainStart
 from dsnet.training.settings import BootstrapSettings, TrainSettings, penalty_problem
 from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
-from dsnet.training.supernet import FINAL, result_settings
+from dsnet.training.supernet import result_settings
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.resolve import conditions, resolve_cores, resolve_threads
 from orchestration.config.space import absolute_targets, possible_routers
@@ -57,7 +57,7 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDefinition, StageDir, StageRecord, stage_record
 from search.conditions.constraints import BASELINE
-from search.front.analysis import BudgetPick
+from search.front.analysis_records import BudgetPick
 
 logger = logging.getLogger(__name__)
 
@@ -381,8 +381,7 @@ def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
     if start is not None:
         prepared = replace(prepared, start=StartPoint.of(start, prepared.subnets))
     fresh = () if prepared.start is None else prepared.start.fresh
-    has_batch_norm = prepared.subnets.spec.norm != "group_norm"
-    problem = penalty_problem(prepared.supernet_run.train.gamma_l1, has_batch_norm)
+    problem = penalty_problem(prepared.supernet_run.train.gamma_l1, prepared.subnets.spec.has_batch_norm)
     if problem is not None:
         raise ConfigError(problem)
     check_start(prepared.supernet_run, start, fresh, len(prepared.image_set.class_names))

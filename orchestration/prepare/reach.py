@@ -11,7 +11,7 @@ import numpy as np
 
 from dsnet.gates.tree import NUM_EXTRA_POOLINGS
 from dsnet.image_size import ImageSize
-from dsnet.measure.latency import BatchClock, LatencyTable, latency_metric
+from dsnet.measure.latency_table import BatchClock, LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import metrics
 from dsnet.routers.cascade import num_answer_features

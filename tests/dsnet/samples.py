@@ -20,7 +20,7 @@ from dsnet.data.tensors import Batch, TensorData
 from dsnet.families import Task, create, layout
 from dsnet.image_size import ImageSize, height_and_width
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.measure.latency import LatencyTable
+from dsnet.measure.latency_table import LatencyTable
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet
@@ -40,6 +40,7 @@ SMALL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ds_mbnet": {"width": 0.25, "num_routes": 4, "stem_stride": 1},
     "ds_resnet": {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0], "paths": [[0, 0, 0], [0, 1, 0], [1, 0, 1]]},
     "ds_tiny": {"width": 0.5, "num_routes": 3},
+    "ds_vit": {"patch": 4, "dim": 24, "heads": 3, "depth": 4, "mlp_ratio": 2, "ratios": [0.25, 0.5, 0.75], "step": 4},
     **{f"tests.dsnet.nets:{name}": {"step": 2} for name in ("Residual", "Dense", "Pinned")},
 }
 """Options that make a family quick to run; a family without an entry is tested with its

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,6 +24,7 @@ from dsnet.deploy.exporters import exporters
 from dsnet.deploy.onnx_files import LISTING, GraphSegments, write_graphs
 from dsnet.deploy.operating_points import OperatingPoint
 from dsnet.errors import CheckpointError, ConfigError
+from dsnet.families import create
 from dsnet.image_size import image_size_of
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
@@ -37,16 +38,21 @@ from tests.dsnet.samples import (
     random_labels,
     random_pixels,
     random_supernet_router,
+    shaken,
     small_supernet,
+    task,
     three_gate_supernet,
 )
 
 pytest.importorskip("onnx", reason="extra deploy is not installed")
 
 ENGINES = [engine.name for engine in graph_engines() if engine.is_installed]
+TOKENS: Mapping[str, Any] = {"patch": 8, "dim": 16, "heads": 2, "depth": 2, "gates": [1], "ratios": [0.5, 1.0]}
+"""Options of a small vision transformer: most of the time of an export is that of its layers."""
 SUPERNETS: dict[str, Callable[[], Supernet]] = {
     "one gate": small_supernet,
     "three gates": partial(three_gate_supernet, image_size=(12, 20)),
+    "tokens": lambda: shaken(create("ds_vit", task(), TOKENS)).eval(),
 }
 """Supernets by name, one of them for images that are no squares."""
 

@@ -16,20 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsnet.errors import ConfigError
-from dsnet.measure.latency import (
-    MIN_REPEATS,
+from dsnet.measure.latency import MIN_REPEATS, LatencySamples, device_name, measure_latency, time_interleaved
+from dsnet.measure.latency_table import (
     PUBLISHED,
-    LatencySamples,
     LatencyTable,
     MachineLoad,
     Timing,
-    device_name,
     device_of,
     latency_file,
     latency_metric,
-    measure_latency,
     noise_of,
-    time_interleaved,
 )
 from dsnet.measure.settings import MAIN_DEVICE, DeviceSettings, LatencySettings
 from tests.dsnet.samples import ROUTER_KINDS, batch1_ms, small_supernet, three_gate_supernet

@@ -16,6 +16,7 @@ from dsnet.deploy.materialize import materialize
 from dsnet.families import Task, create, layout
 from dsnet.image_size import ImageSize
 from dsnet.network.supernet import restrict
+from dsnet.network.tracing import FUSED
 from dsnet.space.cost import evidence_channels, gate_madds, pooling_madds, shared_params, subnet_cost
 from dsnet.space.spec import Subnet
 from tests.dsnet.cases import CASES, OBLONG, ONE_NORM_CASES, Case
@@ -40,7 +41,7 @@ class PooledElements(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_mean = func is torch.ops.aten.mean.dim and args[0].ndim == 4
+        is_mean = func is torch.ops.aten.mean.dim and args[0].ndim >= 3
         if is_mean or func in _POOLING:
             self.count += args[0].numel()
         return func(*args, **(kwargs or {}))
@@ -48,7 +49,7 @@ class PooledElements(TorchDispatchMode):
 
 def counted_madds(call: Any) -> int:
     """MACs of convolutions and linear layers plus pooled elements of one call."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=FUSED)
     pooled = PooledElements()
     with counter, pooled, torch.no_grad():
         call()
@@ -89,6 +90,7 @@ def test_ds_mbnet_has_the_parity_madds_at_64_pixels() -> None:
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
 def test_analytic_madds_equal_a_counted_forward(case: Case, size: ImageSize, num_classes: int) -> None:
     supernet = case.supernet(num_classes=num_classes)
+    size = case.runs_at(size)
     images = random_images(1, size)
     for subnet in supernet.subnets.all:
         counted = counted_madds(lambda subnet=subnet: supernet(images, subnet))
@@ -100,11 +102,12 @@ def test_analytic_madds_equal_a_counted_forward(case: Case, size: ImageSize, num
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
 def test_analytic_madds_equal_a_counted_forward_of_the_materialised_module(case: Case, fold_bn: bool) -> None:
     supernet = case.supernet()
-    images = random_images(1, OBLONG)
+    size = case.runs_at(OBLONG)
+    images = random_images(1, size)
     for subnet in (supernet.subnets[0], supernet.subnets.largest):
         plain = materialize(supernet, subnet, fold_bn=fold_bn)
         counted = counted_madds(lambda plain=plain: plain(images))
-        assert counted == subnet_cost(supernet.spec, subnet, OBLONG).madds
+        assert counted == subnet_cost(supernet.spec, subnet, size).madds
 
 
 @pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
@@ -112,8 +115,9 @@ def test_analytic_madds_equal_a_counted_forward_of_the_materialised_module(case:
 def test_each_segment_costs_what_it_counts(case: Case) -> None:
     supernet = case.supernet()
     subnet = supernet.subnets[-1]
-    cost = subnet_cost(supernet.spec, subnet, OBLONG)
-    features = random_images(1, OBLONG)
+    size = case.runs_at(OBLONG)
+    cost = subnet_cost(supernet.spec, subnet, size)
+    features = random_images(1, size)
     for gate, madds in enumerate(cost.segments[:-1]):
         segment = supernet.cut_upto_gate(gate, subnet).eval()
         assert counted_madds(lambda segment=segment, features=features: segment(features)) == madds
@@ -146,6 +150,7 @@ def test_a_gate_costs_what_its_head_counts(case: Case) -> None:
 @torch.no_grad()
 def test_a_pooling_costs_what_the_attentions_own_pooling_counts(case: Case, size: ImageSize) -> None:
     supernet = case.supernet()
+    size = case.runs_at(size)
     for subnet in (supernet.subnets[0], supernet.subnets.largest):
         features = random_images(1, size)
         for gate in range(len(supernet.spec.gates)):
@@ -162,6 +167,7 @@ def test_a_pooling_costs_what_the_attentions_own_pooling_counts(case: Case, size
 @torch.no_grad()
 def test_the_channels_of_a_gates_evidence_are_those_that_it_pools(case: Case, size: ImageSize) -> None:
     supernet = case.supernet()
+    size = case.runs_at(size)
     for subnet in supernet.subnets:
         features = random_images(1, size)
         for gate in range(len(supernet.spec.gates)):
