@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dsnet.families import Family, Task, register
 from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
+from dsnet.image_size import shorter_side, size_in_words
 from dsnet.network.axes import Axes, Axis, prefixed
 from dsnet.network.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock, swish
 from dsnet.network.layers import SlicedConv2d, SlicedLinear, make_norm, norm_axes
@@ -344,16 +345,17 @@ def _kernels(task: Task, options: Mapping[str, Any]) -> tuple[int, ...]:
     sizes = tuple(sorted(given))
     if len(set(sizes)) < len(sizes):
         raise ValueError(f"kernels is {given!r}, but each size must be there once")
+    side = shorter_side(task.image_size)
     for size in sizes:
         if size % 2 == 0:
             raise ValueError(
                 f"kernels holds {size}, but a smaller kernel is the centre of a larger one, so that all must be odd; "
                 f"use {size - 1} or {size + 1}"
             )
-        if size > task.image_size:
-            largest = task.image_size - (task.image_size % 2 == 0)
+        if size > side:
             raise ValueError(
-                f"kernels holds {size}, which is larger than the image of {task.image_size} pixels; use at most {largest}"
+                f"kernels holds {size}, which is larger than the image of {size_in_words(task.image_size)}; "
+                f"use at most {side - (side % 2 == 0)}"
             )
     return sizes
 

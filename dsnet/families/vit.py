@@ -176,7 +176,7 @@ class VitSupernet(Supernet):
         return run_blocks(x, list(zip(self._embed_widths(blocks, subnet), own, strict=True)))
 
     def _check_size(self, images: Tensor) -> None:
-        height, width = height_and_width(self.spec)
+        height, width = height_and_width(self.spec.image_size)
         if images.shape[2:] != (height, width):
             raise ValueError(
                 f"images have {images.shape[2]} x {images.shape[3]} pixels, but this network has positions for {height} x {width}; "

@@ -117,7 +117,7 @@ def test_statistics_are_kept_for_each_size_of_the_kernels() -> None:
     ("options", "message"),
     [
         ({"kernels": [3, 4]}, "kernels holds 4.*all must be odd; use 3 or 5"),
-        ({"kernels": [3, 17]}, "kernels holds 17, which is larger than the image of 16 pixels; use at most 15"),
+        ({"kernels": [3, 17]}, "kernels holds 17, which is larger than the image of 16 x 16 pixels; use at most 15"),
         ({"kernels": [3]}, "must be a list of two or more sizes"),
         ({"kernels": [3, 3]}, "each size must be there once"),
         ({"kernels": 5}, "must be a list of two or more sizes"),
