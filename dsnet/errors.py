@@ -62,6 +62,11 @@ class StorageStoppedError(StoppedError):
     """A run was stopped by its storage; launching again continues when that is corrected."""
 
 
+class ClusterLostError(StoppedError):
+    """A part of Ray without which no work can go on has ended or hangs; launching again starts it
+    anew and continues."""
+
+
 class VerificationError(DsnetError):
     """The results of the real network differ from the claimed ones."""
 

@@ -15,7 +15,8 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
-from dsnet.errors import DsnetError, StoppedError, StorageError, StorageStoppedError
+from dsnet.errors import DsnetError, StoppedError, StorageError
+from dsnet.image_size import ImageSize, normal_size
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.storage_faults import disk_error, storage_error
 from orchestration.serving.settings import ServeSettings
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from orchestration.config.sweep import SweepConfig
     from orchestration.runs.folder import RunDir
 
+MAX_DIGITS = 9
+"""Digits of a number of pixels on the command line; the settings' own limit is far below."""
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -50,6 +53,14 @@ def _shares(_: click.Context, __: click.Parameter, text: str | None) -> tuple[fl
     if not all(0 < share <= 1 for share in found):
         raise click.BadParameter(f"{text!r} is not a list of shares above 0 and at most 1, such as 0.3,0.6,1")
     return found
+
+
+def _image_size(_: click.Context, __: click.Parameter, text: str) -> ImageSize:
+    """The size that a number or HEIGHTxWIDTH stands for."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) <= MAX_DIGITS for side in sides):
+        raise click.BadParameter(f"{text!r} is not a number of pixels or HEIGHTxWIDTH, such as 224 or 192x256")
+    return int(sides[0]) if len(sides) == 1 else normal_size([int(side) for side in sides])
 
 
 IMPORTS = click.option(
@@ -225,33 +236,33 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
         again: command that continues it after a stop; None = the user's own command.
     """
     from dsnet.stop_signals import stop_on_signals
+    from orchestration.commands.ending import Ending
     from orchestration.commands.sweep import sweep_of
     from orchestration.pipeline.launch import check_failures
     from orchestration.progress import TerminalProgress
     from orchestration.supernets.launch import launch_sweep
+    from orchestration.workers.last_resort import end_if_left_open, ended_in_time
+    from orchestration.workers.runtime import is_left_open
 
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
-    requests: list[StopRequest] = []
+    ending = Ending(progress, again or command)
 
     @contextmanager
     def stop(run: RunDir) -> Iterator[StopRequest]:
-        def first(name: str) -> None:
-            progress.say(f"{name}: stopping after the current step or trial (repeat to stop immediately) ...")
+        with stop_on_signals(run.stop_requested, ending.hear) as ending.request:
+            yield ending.request
 
-        with stop_on_signals(run.stop_requested, first) as request:
-            requests.append(request)
-            yield request
-
-    try:
-        result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
-    except StorageStoppedError as stopped:
-        _fail(stopped)
-        click.echo(f"finished work is kept. When that is corrected, continue with:\n  {again or command}", err=True)
-        return stopped.exit_code
-    except (StoppedError, KeyboardInterrupt):
-        click.echo(f"stopped; finished work is kept. Continue with:\n  {again or command}", err=True)
-        return requests[-1].exit_code if requests else EXIT_INTERRUPTED
+    with ended_in_time(lambda: ending.request, ending.tell_lost):
+        try:
+            result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
+        except (StoppedError, KeyboardInterrupt) as error:
+            return end_if_left_open(ending.tell(error))
+        except DsnetError as error:
+            if is_left_open():
+                _fail(error)
+                end_if_left_open(error.exit_code)
+            raise
     sweep_of(result.results).show_launch(result.bundles)
     check_failures(result.results)
     return 0
@@ -397,7 +408,13 @@ def init(
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write [default: named after the file].")
 @click.option("--name", help="Name of the sweep [default: name of the folder].")
 @click.option("--classes", type=click.IntRange(min=1), help="Number of classes [default: that of the checkpoint].")
-@click.option("--image-size", default=224, show_default=True, help="Height and width of the images in pixels.")
+@click.option(
+    "--image-size",
+    callback=_image_size,
+    default="224",
+    show_default=True,
+    help="Side of the images in pixels, or HEIGHTxWIDTH, such as 192x256.",
+)
 @click.option("--ema", is_flag=True, help="Use the exponential moving average of the weights (state_dict_ema).")
 @click.option(
     "--data", help="Folder of held-out images with one folder per class [default: $DSNET_DATA, or `launch --data`]."

@@ -25,6 +25,7 @@ from torch.nn.utils import skip_init
 from dsnet.errors import ConfigError
 from dsnet.families import Family, Task, register
 from dsnet.families.options import check_choice, check_number, is_integer
+from dsnet.image_size import height_and_width
 from dsnet.network.axes import Axes, Axis, prefixed
 from dsnet.network.supernet import PlainState, Supernet, TrunkOutput
 from dsnet.network.transformer import (
@@ -178,7 +179,7 @@ class VitSupernet(Supernet):
         return run_blocks(x, list(zip(self._embed_widths(blocks, subnet), own, strict=True)))
 
     def _check_size(self, images: Tensor) -> None:
-        height, width = height_and_width(self.spec)
+        height, width = height_and_width(self.spec.image_size)
         if images.shape[2:] != (height, width):
             raise ValueError(
                 f"images have {images.shape[2]} x {images.shape[3]} pixels, but this network has positions for {height} x {width}; "
@@ -261,14 +262,9 @@ class VitSupernet(Supernet):
         return sorted_by_importance(tensors, len(self.blocks), self.plan.head_channels)
 
 
-def height_and_width(of: SupernetSpec | Task) -> Pair:
-    """Height and width of the images of a network or task, in pixels."""
-    return of.image_size, of.image_size
-
-
 def grid_of(spec: SupernetSpec) -> Pair:
     """Rows and columns of the patches of a network's images."""
-    height, width = height_and_width(spec)
+    height, width = height_and_width(spec.image_size)
     return height // spec.layout["patch"], width // spec.layout["patch"]
 
 
@@ -494,7 +490,7 @@ def _paths(options: Mapping[str, Any], num_ratios: int, num_gates: int) -> list[
 def _ds_vit(task: Task, options: Mapping[str, Any]) -> SubnetSet:
     _check_shape(options)
     plan = Plan(
-        patch=_checked_patch(options["patch"], height_and_width(task)),
+        patch=_checked_patch(options["patch"], height_and_width(task.image_size)),
         head_channels=options["dim"] // options["heads"],
         depth=options["depth"],
         gates=_checked_gates(options["gates"], options["depth"]),
@@ -549,7 +545,7 @@ def _for_task(spec: SupernetSpec, task: Task) -> SupernetSpec:
     """
     plan = Plan.of(spec)
     try:
-        _checked_patch(plan.patch, height_and_width(task))
+        _checked_patch(plan.patch, height_and_width(task.image_size))
     except ValueError as error:
         raise ConfigError(f"{FAMILY}: {error}") from error
     other = replace(spec, num_classes=task.num_classes, image_size=task.image_size)

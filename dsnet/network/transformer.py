@@ -145,7 +145,8 @@ def fused_attention(
     qkv: Float[Tensor, "batch tokens threefold"], head_channels: int
 ) -> Float[Tensor, "batch tokens channels"]:
     """The same as `self_attention`, in one operation of torch."""
-    return F.scaled_dot_product_attention(*_by_head(qkv, head_channels)).transpose(1, 2).flatten(2)
+    queries, keys, values = _by_head(qkv, head_channels)
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
 
 
 def _by_head(qkv: Tensor, head_channels: int) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from dsnet.image_size import ImageSize, height_and_width, shorter_side
 from dsnet.space.spec import IMAGE, Op, Pair, Subnet, SupernetSpec
 
 
@@ -32,8 +33,8 @@ class Cost:
         return self.segments[0]
 
 
-def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
-    """Cost of `subnet` on square images of `image_size` pixels.
+def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: ImageSize) -> Cost:
+    """Cost of `subnet` on images of a size.
 
     Raises:
         ValueError: the sub-network does not fit the supernet, or the size is below 1.
@@ -46,16 +47,16 @@ def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
     return Cost(sum(segments), params, tuple(segments))
 
 
-def op_costs(spec: SupernetSpec, subnet: Subnet, image_size: int) -> list[tuple[int, int]]:
+def op_costs(spec: SupernetSpec, subnet: Subnet, image_size: ImageSize) -> list[tuple[int, int]]:
     """MAdds of one image and number of parameters of every operation of the spec, in its order.
 
     Raises:
         ValueError: the sub-network does not fit the supernet, or the size is below 1.
     """
     spec.check(subnet)
-    if image_size < 1:
-        raise ValueError(f"image_size is {image_size}, but must be at least 1 pixel")
-    sizes = {IMAGE: (image_size, image_size)}
+    if shorter_side(image_size) < 1:
+        raise ValueError(f"image_size is {image_size}, but must be at least 1 pixel high and wide")
+    sizes = {IMAGE: height_and_width(image_size)}
     costs = []
     for op in spec.ops:
         size = sizes[op.reads]
@@ -98,13 +99,13 @@ def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
     return total
 
 
-def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int) -> int:
+def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: ImageSize) -> int:
     """MAdds of pooling the input of a gate's attention once (C*H*W), on the path of `subnet`.
 
     Raises:
         ValueError: the spec has no op with the name of the gate's attention.
     """
-    sizes = {IMAGE: (image_size, image_size)}
+    sizes = {IMAGE: height_and_width(image_size)}
     for op in spec.ops:
         size = sizes[op.reads]
         if op.name == spec.gates[gate].attention:

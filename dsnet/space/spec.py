@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from dsnet.errors import CheckpointError
+from dsnet.image_size import ImageSize, normal_size
 
 IMAGE = "image"
 """The `reads` of an op that takes the network's input."""
@@ -243,9 +244,9 @@ class SupernetSpec:
     family: str
     num_classes: int
     in_channels: int
-    image_size: int
-    """Height and width in pixels for which the network is laid out; costs can be computed for any
-    other size."""
+    image_size: ImageSize
+    """Size of the images for which the network is laid out; costs can be computed for any other
+    size."""
     groups: tuple[ChannelGroup, ...]
     """The channel groups in topological order."""
     ops: tuple[Op, ...]
@@ -259,6 +260,7 @@ class SupernetSpec:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; known: {', '.join(NORMS)}")
+        object.__setattr__(self, "image_size", normal_size(self.image_size))  # a list where it comes from JSON
         for group in self.groups:
             if group.kind not in GROUP_KINDS:
                 raise ValueError(

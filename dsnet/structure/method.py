@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from dsnet.errors import ConfigError
+from dsnet.image_size import ImageSize
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import IMAGE, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet, subnet_at
@@ -55,7 +56,7 @@ class StructureProblem:
     settings: StructureSettings
     run: SupernetRun
     """The joint training; networks that are trained beforehand derive their training from it."""
-    image_size: int
+    image_size: ImageSize
     """Height and width in pixels for which MAdds count."""
 
     @property

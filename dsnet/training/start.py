@@ -22,7 +22,8 @@ from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.stored.checkpoint import STRUCTURE, load_checkpoint, tensors_below
+from dsnet.stored.checkpoint import load_checkpoint, tensors_below
+from dsnet.stored.names import STRUCTURE
 from dsnet.training.plain_start import SUFFIXES, PlainStart, is_plain, load_plain_start
 from dsnet.training.supernet_run import SupernetRun
 

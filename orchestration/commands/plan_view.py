@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dsnet.image_size import image_size_of, size_in_words
 from dsnet.space.spec import ChannelGroup, SupernetSpec
 from dsnet.wording import duration, plural, size
 from orchestration.commands.tables import Column, show_table, terminal_width
@@ -161,7 +162,7 @@ def effective_values(config: SweepConfig, prepared: Prepared) -> dict[str, Any]:
 def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
     """Print the run folder, the images, their splits and their classes."""
     images, splits = prepared.image_set, prepared.splits
-    channels, height, width = images.image_shape
+    channels, size = images.image_shape[0], size_in_words(image_size_of(images.image_shape))
     names = images.class_names if everything else images.class_names[:MAX_CLASSES]
     more = (
         f" and {len(images.class_names) - len(names)} more; --all shows all of them"
@@ -170,7 +171,7 @@ def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
     )
     sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
     say_row("run", str(run.path))
-    say_row("data", f"{images.name}, {width} x {height} pixels, {plural(channels, 'channel')}: {sizes} (sealed)")
+    say_row("data", f"{images.name}, {size}, {plural(channels, 'channel')}: {sizes} (sealed)")
     for note in prepared.notes():
         say_row("note", note)
     say_row("classes", f"{len(images.class_names)}: {', '.join(names)}{more}")

@@ -17,6 +17,8 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDir, StagePlan, run_stage
 from orchestration.tracking.protocol import Tracker
+from orchestration.workers.cluster_watch import check_cluster
+from orchestration.workers.training_watch import StallRules
 from search.study.study import TrialRecord
 
 
@@ -60,6 +62,10 @@ class Launch:
         self.results.refresh()
         return folder
 
+    def stall_rules(self, stage: str) -> StallRules:
+        """How stalls of the workers of a stage are noticed and told."""
+        return StallRules(tell=lambda text: self.progress.warn(f"{stage}: {text}"))
+
     def count_test_opening(self, who: str) -> int:
         """Record that `test` is read; returns how often it has been read, by the whole sweep if
         this run is part of one."""
@@ -67,6 +73,7 @@ class Launch:
         return own if self.on_test_opening is None else max(own, self.on_test_opening())
 
     def check_stop(self) -> None:
-        """Raise StoppedError if a stop was requested."""
+        """Raise StoppedError if a stop was requested, or if Ray was lost."""
         if self.stop():
             raise StoppedError("the sweep was stopped")
+        check_cluster()

@@ -16,6 +16,7 @@ from dsnet.files import atomic_write_json, exclusive, read_object
 from dsnet.strict_json import read_strictly
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import now_iso
+from orchestration.runs.processes import process_start_time
 
 
 @dataclass(frozen=True)
@@ -159,19 +160,6 @@ def read_lock(path: Path) -> LockHolder | None:
     except (CheckpointError, ConfigError, ValueError):
         return None
     return holder
-
-
-def process_start_time(pid: int) -> int | None:
-    """Clock ticks between boot and the start of a process; None if it is gone or a zombie, or if
-    there is no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    # The second field is the command in parentheses and may hold spaces and parentheses itself.
-    fields = stat.rpartition(")")[2].split()
-    state, start_time = fields[0], int(fields[19])
-    return None if state in ("Z", "X") else start_time
 
 
 def _pid_exists(pid: int) -> bool:

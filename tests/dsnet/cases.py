@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsnet.families import family_names, layout, rebuild
+from dsnet.image_size import ImageSize
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
 from dsnet.space.entry_gate import with_entry_gate
@@ -24,8 +25,14 @@ from dsnet.zoo import ZOO
 from tests.dsnet.samples import SMALL_OPTIONS, shaken, task
 
 FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "ds_mbnet": {"own widths": {"width": 0.25, "gated_widths": [[37, 50], [41, 90]]}},
-    "ds_tiny": {"own widths": {"gated_widths": [[7, 11, 30], [5, 6, 64]]}},
+    "ds_mbnet": {
+        "own widths": {"width": 0.25, "gated_widths": [[37, 50], [41, 90]]},
+        "kernels": {"width": 0.25, "num_routes": 2, "kernels": [3, 5], "combine": "all"},
+    },
+    "ds_tiny": {
+        "own widths": {"gated_widths": [[7, 11, 30], [5, 6, 64]]},
+        "kernels": {"num_routes": 3, "kernels": [1, 3, 5]},
+    },
     "ds_resnet": {
         "padded": {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0], "streams": "padded"},
         "bottleneck": {
@@ -81,6 +88,10 @@ BANKED_FAMILIES = tuple(family for family in FAMILIES if family != TRANSFORMER)
 """The families whose networks have BatchNorm."""
 
 
+OBLONG = (13, 18)
+"""Height and width of images that are no squares."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One supernet to test."""
@@ -108,13 +119,13 @@ class Case:
             return size
         return -(-size // 4) * 4 if isinstance(size, int) else tuple(map(self.takes, size))
 
-    def subnets(self, num_classes: int = 10, image_size: int = 16) -> SubnetSet:
+    def subnets(self, num_classes: int = 10, image_size: ImageSize = 16) -> SubnetSet:
         """Its sub-networks."""
         own = layout(self.family, task(num_classes, image_size), self.options, self.norm)
         own = neighbours(own) if self.is_handmade else own
         return with_entry_gate(early(own)) if self.is_early else own
 
-    def supernet(self, seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
+    def supernet(self, seed: int = 0, num_classes: int = 10, image_size: ImageSize = 16) -> Supernet:
         """Its supernet in eval mode, with every parameter and statistic away from its initial
         value."""
         generator = torch.Generator().manual_seed(seed)
@@ -175,6 +186,8 @@ def _cases() -> list[Case]:
         cases.append(Case("handmade private_affine", family, small, "private_affine", is_handmade=True))
         for name, options in FURTHER_OPTIONS.get(family, {}).items():
             cases.append(Case(name, family, options, None))
+    kernels = FURTHER_OPTIONS["ds_tiny"]["kernels"]
+    cases.append(Case("kernels handmade private_affine", "ds_tiny", kernels, "private_affine", is_handmade=True))
     ids = {"step": 2, "streams": "ids"}
     cases.append(
         Case("ids handmade private_affine", "tests.dsnet.nets:Stream", ids, "private_affine", is_handmade=True)

@@ -45,6 +45,7 @@ def _train_here(
     *,
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
+    **_: Any,
 ) -> Path:
     """As `train_on_ray` with one worker, in this process."""
     job.folder.mkdir(parents=True, exist_ok=True)

@@ -69,9 +69,9 @@ def test_the_loss_of_mlflows_database_does_not_end_a_sweep_and_is_said(
 def test_launches_on_a_disk_that_grows_end_as_on_a_large_one(finished: Finished, tmp_path: Path) -> None:
     write_sweep(tmp_path)
     options = (*WITHOUT_MLFLOW, "--set", "storage.min_free_mib=0", "--runs", "d/runs")
-    with small_disk(tmp_path / "d", "64k") as disk:
+    with small_disk(tmp_path / "d", "8k") as disk:
         codes = []
-        for size in ("64k", "256k", "700k", "1200k", "2m", "4m", "7m", "64m"):
+        for size in ("8k", "64k", "256k", "700k", "1200k", "2m", "4m", "7m", "64m"):
             resize(disk, size)
             command = Command(tmp_path, "launch", SWEEP, *options)
             try:
@@ -82,7 +82,10 @@ def test_launches_on_a_disk_that_grows_end_as_on_a_large_one(finished: Finished,
             codes.append(answer.code)
             if answer.code == 0:
                 break
-            assert problems_of_message(answer, ("the disk is full", "No space left on device", "/d/")) == [], size
+            assert problems_of_message(answer, ("the disk is full", "No space left on device", "/d/")) == [], (
+                size,
+                answer.err,
+            )
         print(f"\nexit codes {codes}")  # noqa: T201 - what the long run reports
         assert set(codes[:-1]) == {3, 6}
         assert codes[-1] == 0

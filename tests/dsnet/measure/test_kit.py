@@ -19,6 +19,7 @@ from dsnet.measure.kit import group_sizes, read_result, write_kit
 from dsnet.measure.latency import TRUNK
 from dsnet.measure.settings import LatencySettings
 from dsnet.measure.time_kit import run_rounds
+from tests.dsnet.cases import OBLONG
 from tests.dsnet.samples import small_supernet
 
 if TYPE_CHECKING:
@@ -126,6 +127,19 @@ def test_a_kit_replaces_no_files(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
     with pytest.raises(ConfigError, match=r"is not an empty folder; name a new one"):
         write_kit(small_supernet(), 16, LatencySettings(), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_kit_has_images_of_the_network_s_size_and_shape(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="extra deploy is not installed")
+    settings = LatencySettings(batch_sizes=(1,), group_sizes=(1,))
+    write_kit(small_supernet(image_size=OBLONG), OBLONG, settings, tmp_path / "kit")
+    kit = time_kit.read_kit(str(tmp_path / "kit"))
+    assert kit["shape"] == [3, *OBLONG]
+    sessions = time_kit.open_graphs(str(tmp_path / "kit"), kit, 1)
+    away = time_kit.deviations(str(tmp_path / "kit"), kit, sessions)
+    assert set(away) == {graph["name"] for graph in kit["graphs"]}
+    assert max(away.values()) < kit["tolerance"]
 
 
 def test_the_times_of_a_result_become_a_table_without_decisions(tmp_path: Path) -> None:

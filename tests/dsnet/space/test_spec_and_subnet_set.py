@@ -29,6 +29,18 @@ def test_spec_and_set_survive_json(case: Case) -> None:
     assert again == subnets
 
 
+def test_a_square_is_stored_as_a_number_and_another_shape_as_two() -> None:
+    spec = small_set("ds_tiny").spec
+    assert replace(spec, image_size=(16, 16)).to_json() == spec.to_json()
+    assert spec.to_json()["image_size"] == 16
+    oblong = replace(spec, image_size=[12, 20])  # type: ignore[arg-type]
+    assert json.loads(json.dumps(oblong.to_json()))["image_size"] == [12, 20]
+    assert SupernetSpec.from_json(json.loads(json.dumps(oblong.to_json()))) == oblong
+    assert len({each.fingerprint for each in (spec, oblong, replace(spec, image_size=(20, 12)))}) == 3
+    with pytest.raises(CheckpointError, match="image_size is"):
+        SupernetSpec.from_json({**spec.to_json(), "image_size": [1, 2, 3]})
+
+
 def test_fingerprint_tells_specs_apart() -> None:
     spec = small_set("ds_tiny").spec
     assert replace(spec, num_classes=11).fingerprint != spec.fingerprint

@@ -420,6 +420,20 @@ def test_first_layers_run_once_for_declared_and_undeclared_sub_networks_together
             torch.testing.assert_close(met[name], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("combine", ["tied", "all"])
+def test_a_step_of_sliced_kernels_equals_separate_forwards(combine: str) -> None:
+    options = {"width": 0.5, "num_routes": 3, "kernels": [3, 5], "combine": combine}
+    nets = [create("ds_tiny", task(), options, seed=0).double().train() for _ in range(3)]
+    plan = plan_of(nets[0])
+    losses = step(nets[0], nets[2], plan, "ema")
+    images, labels = random_images(6).double(), random_labels(6)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        naive_step(nets[1], nets[2], images, labels, plan, "ema"), abs=1e-10
+    )
+    for name, gradient in gradients(nets[1]).items():
+        torch.testing.assert_close(gradients(nets[0])[name], gradient, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["ema", "ema_ensemble"])
 def test_a_teacher_with_a_view_of_its_own_answers_to_that_view(kind: str) -> None:
     student, teacher = student_and_teacher()

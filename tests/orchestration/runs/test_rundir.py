@@ -16,13 +16,15 @@ import pytest
 from dsnet.errors import CheckpointError, ConfigError, LockedError, NotFoundError, PreflightError, StorageError
 from dsnet.files import atomic_write_json, atomic_write_text, read_json
 from orchestration.runs.folder import RunDir, list_runs, mlflow_store_uri
-from orchestration.runs.lock import DriverLock, LockHolder, process_start_time, read_lock
+from orchestration.runs.lock import DriverLock, LockHolder, read_lock
 from orchestration.runs.manifest import Manifest, describe_hardware
+from orchestration.runs.processes import process_start_time
 
 HOLD_THE_LOCK = """
 import sys
 from pathlib import Path
 from orchestration.runs.lock import DriverLock
+from orchestration.runs.processes import process_start_time
 from orchestration.runs.folder import RunDir
 with DriverLock(RunDir(Path(sys.argv[1]), "digits"), "a second driver"):
     print("held", flush=True)

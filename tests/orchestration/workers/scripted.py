@@ -64,6 +64,11 @@ class ScriptedTrials:
     def _die_once(self, spec: TrialSpec, attempt: int) -> Any:
         return self._work(spec, attempt) if attempt else self._die(spec, attempt)
 
+    def _stop_once(self, spec: TrialSpec, attempt: int) -> Any:
+        if attempt == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return self._work(spec, attempt)
+
     def _die(self, spec: TrialSpec, attempt: int) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -131,4 +136,10 @@ def refuse_to_build(arrays: Mapping[str, np.ndarray]) -> OneByOne:
 def die_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
     """Ends the worker that builds it."""
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def hang_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
+    """Builds for longer than any test waits."""
+    time.sleep(600)
     raise AssertionError("unreachable")
