@@ -36,6 +36,7 @@ from dsnet.training.start import first_weights, lay_out, load_start
 from dsnet.training.step import StepPlan, StepRules, supernet_step
 from tests.dsnet.plain_vits import TimmVit, TorchvisionVit, with_older_names
 from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, small_supernet, task
+from tests.dsnet.space.test_cost import counted_madds
 
 FAMILY = "ds_vit"
 OPTIONS = SMALL_OPTIONS[FAMILY]
@@ -138,6 +139,23 @@ def test_a_slice_is_the_masked_full_network(kinds: dict[str, int]) -> None:
     if kinds:
         whole = masked_logits(supernet, changed(supernet), images)
         assert not torch.allclose(whole, met, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_oblong_images_are_sliced_cut_and_counted() -> None:
+    size = (8, 20)
+    supernet = shaken(create(FAMILY, task(image_size=size), OPTIONS)).double().eval()
+    assert supernet.state_dict()["pos_embed"].shape == (1, 1 + 2 * 5, 24)
+    images = random_images(2, size).double()
+    for subnet in supernet.subnets.all:
+        met = supernet(images, subnet)
+        plain = materialize(supernet, subnet)
+        torch.testing.assert_close(plain(images), met, rtol=1e-9, atol=1e-9)
+        cost = subnet_cost(supernet.spec, subnet, size)
+        assert counted_madds(lambda plain=plain: plain(images[:1])) == cost.madds
+        assert sum(parameter.numel() for parameter in plain.parameters()) == cost.params
+    with pytest.raises(ValueError, match=r"images have 20 x 8 pixels, but this network has positions for 8 x 20"):
+        supernet(images.transpose(2, 3), supernet.subnets[0])
 
 
 @torch.no_grad()
