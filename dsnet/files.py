@@ -9,9 +9,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
+import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -34,7 +38,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         StorageError: The disk is full or the folder cannot be written; the old content stays
             unchanged.
     """
-    temporary = _temporary(path)
+    temporary = _draft(path)
     with writing(path):
         try:
             with open(temporary, "xb") as file:
@@ -295,7 +299,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: as `atomic_write_bytes`.
     """
-    temporary = _temporary(path)
+    temporary = _draft(path)
     with writing(path):
         try:
             path.parent.mkdir(exist_ok=True)  # no further: the folder of a run that was deleted stays deleted
@@ -310,16 +314,66 @@ def replacing(path: Path) -> Iterator[Path]:
             _discard(temporary)
 
 
-def _temporary(path: Path) -> Path:
-    """A new name in the same folder, for the content before it replaces the file."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
 def _discard(temporary: Path) -> None:
     """Remove a temporary file. What keeps it from being removed has been reported by then: the
     folder is gone or became read-only."""
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    """A new name for a file that replaces `path` when it is complete."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_drafts(folder: Path, min_age_s: float = 0.0) -> list[Path]:
+    """Remove what killed processes of this program were writing: files and folders below `folder`
+    whose names hold the id of a process that no longer runs here. Symbolic links are not followed.
+
+    Args:
+        folder: a folder that no other driver works in.
+        min_age_s: age from which they are removed; more than 0 where processes of other machines,
+            whose ids say nothing here, may be writing.
+
+    Returns:
+        the removed paths.
+    """
+    removed = []
+    for parent, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(parent, name)
+            found = _DRAFT.fullmatch(name) or (_DRAFT_FOLDER.fullmatch(name) if name in folders else None)
+            if found is None or _is_alive(int(found["pid"])) or _age_s(path) < min_age_s:
+                continue
+            with suppress(OSError):  # it stays: nothing reads it
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                removed.append(path)
+        folders[:] = [name for name in folders if not _DRAFT_FOLDER.fullmatch(name)]
+    return removed
+
+
+_DRAFT = re.compile(
+    r"\.(?:.+\.(?=\d+(?:-[0-9a-f]{8}\.tmp|\.partial)$)|driver\.lock\.(?=\d+$))(?P<pid>\d+)(?:-[0-9a-f]{8}\.tmp|\.partial)?"
+)
+_DRAFT_FOLDER = re.compile(r"\..+\.(?P<pid>\d+)\.tmp")
+"""Names of unfinished files and folders, with the id of the process that writes them."""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.lstat().st_mtime
+    except OSError:
+        return math.inf  # it is gone
 
 
 def _usual_mode(path: Path) -> int:

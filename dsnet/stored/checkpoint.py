@@ -23,8 +23,6 @@ from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 
 SCHEMA_VERSION = 1
-STRUCTURE = "structure"
-"""Name of the checkpoint that a structure search leaves in its folder."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> str:
@@ -103,10 +101,19 @@ def load_supernet(stem: Path) -> tuple[Supernet, dict[str, Any]]:
     tensors, meta = load_checkpoint(stem)
     if "spec" not in meta or "subnets" not in meta:
         raise CheckpointError(f"{stem}.json: holds no supernet (no 'spec' and 'subnets')")
+    return supernet_from(tensors, meta, str(stem)), meta
+
+
+def supernet_from(tensors: Mapping[str, Shaped[Tensor, "*_"]], meta: Mapping[str, Any], where: str) -> Supernet:
+    """Build a supernet, in eval mode, from its state dict and the result of `supernet_meta`.
+
+    Raises:
+        CheckpointError: the tensors do not fit the specification; the message begins with `where`.
+    """
     subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
     supernet = rebuild(subnets)
-    load_exactly(supernet, tensors, str(stem))
-    return supernet.eval(), meta
+    load_exactly(supernet, tensors, where)
+    return supernet.eval()
 
 
 def load_exactly(supernet: Supernet, tensors: Mapping[str, Shaped[Tensor, "*_"]], where: str) -> None:

@@ -20,7 +20,8 @@ from dsnet.errors import CheckpointError, ConfigError
 from dsnet.files import append_bytes, atomic_write_text
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.stored.checkpoint import STRUCTURE, load_supernet, save_supernet
+from dsnet.stored.checkpoint import load_supernet, save_supernet
+from dsnet.stored.names import STRUCTURE
 from dsnet.structure.filters import Batches
 from dsnet.structure.method import (
     Candidate,

@@ -33,7 +33,7 @@ from dsnet.routers.fixed import FixedRouter
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from orchestration.config.export import MEMBERS, gate_picks, point_sets
 from orchestration.pipeline.claims import bundle_claims, gate_point_claims, member_claims
 from orchestration.pipeline.int8_accuracy import BundleSource, measure_int8

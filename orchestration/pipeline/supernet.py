@@ -7,16 +7,17 @@ from pathlib import Path
 
 from dsnet.environment import resolve_device
 from dsnet.wording import duration, subnet_phrase
-from orchestration.config.resolve import resolve_threads
 from orchestration.pipeline.context import Launch
+from orchestration.pipeline.placement import artifacts_url, training_threads
 from orchestration.prepare.preparation import StartPoint
 from orchestration.progress import Task
 from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.runs.curves import CurvePoint
 from orchestration.runs.folder import CURVES
 from orchestration.runs.stages import StagePlan
-from orchestration.tracking.rows import supernet_row
-from orchestration.workers.runtime import LOCAL, cluster_cpus
+from orchestration.tracking.rows import supernet_row, write_supernet
+from orchestration.workers.nodes import cluster_nodes
+from orchestration.workers.runtime import LOCAL
 from orchestration.workers.supernet import SupernetJob, train_on_ray
 
 
@@ -39,10 +40,12 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
             folder=folder,
             stop_file=run.stop_path,
             device=device,
-            threads=resolve_threads(config, cluster_cpus()),
+            threads=training_threads(config, cluster_nodes()),
             workers=config.supernet.workers,
             is_local=config.ray.address == LOCAL,
             init_from=None if start is None else start.path,
+            artifacts=artifacts_url(config, folder),
+            data_path=config.data.path,
         )
         if start is not None:
             work.progress.say(_start_sentence(start))
@@ -50,20 +53,24 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
         with work.progress.bar(Task("supernet", epochs, "epoch", line_every=1)) as bar:
 
             def on_points(points: list[CurvePoint]) -> None:
-                work.tracker.curve(points)
                 if points:
                     bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1], shown))
 
             data = work.prepared.training_images()
             stem = train_on_ray(
-                job, data, on_points=on_points, should_stop=work.stop, stalls=work.stall_rules("supernet")
+                job,
+                data,
+                on_points=on_points,
+                should_stop=work.stop,
+                stalls=work.stall_rules("supernet"),
+                on_counted=work.tracker.curve,
             )
         return supernet_outputs(stem)
 
     was_done = plan.is_done
     folder = work.run_stage(plan, train)
-    # Also if the stage was done before: an earlier store with the row may have been lost.
-    work.tracker.supernet(supernet_row(work.manifest.read(), run, config, is_done=True))
+    # All of it, also if the stage was done before: the store may be a new one, or have missed rows.
+    write_supernet(work.tracker, work.results)
     if not was_done:
         facts = SupernetFacts.of_prepared(work.prepared)
         work.progress.say(f"supernet: {done_sentence(facts, folder.seconds() or 0.0)}")

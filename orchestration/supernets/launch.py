@@ -30,10 +30,10 @@ from dsnet.errors import (
 from dsnet.files import read_sealed, write_sealed
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.export import gate_picks, point_sets
-from orchestration.config.resolve import resolve_threads, supernet_space
+from orchestration.config.resolve import supernet_space
 from orchestration.config.schedulers import check_scheduler
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
@@ -42,6 +42,7 @@ from orchestration.pipeline.launch import (
     TRACKING_TIMEOUT_S,
     LaunchResult,
     anchored,
+    clear_drafts,
     closing_tracker,
     launch,
     ray_where_needed,
@@ -51,6 +52,7 @@ from orchestration.pipeline.launch import (
     write_outputs,
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
+from orchestration.pipeline.placement import artifacts_url, training_threads
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
 from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
@@ -66,12 +68,14 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDir, StagePlan, begin_stage, finish_stage, record_done
-from orchestration.supernets.members import Member, MemberEntry, draw_members, read_entries, write_entries
+from orchestration.supernets.entries import MemberEntry, read_entries, write_entries
+from orchestration.supernets.members import Member, draw_members
 from orchestration.supernets.report import write_supernets_report
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
 from orchestration.supernets.tracking import (
     TreeTrackers,
+    replay_supernets,
     running_row,
     standing_of,
     supernets_end_ms,
@@ -79,6 +83,7 @@ from orchestration.supernets.tracking import (
     write_global_front,
     write_global_overview,
 )
+from orchestration.tracking.missing import MissingRows
 from orchestration.tracking.protocol import Tracker
 from orchestration.tracking.rows import (
     Standing,
@@ -90,12 +95,14 @@ from orchestration.tracking.rows import (
     write_artifacts,
     write_bundles,
 )
-from orchestration.workers.runtime import LOCAL, cluster_cpus
+from orchestration.workers.nodes import cluster_nodes
+from orchestration.workers.runtime import LOCAL
 from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.training_watch import StallRules
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
 from orchestration.workers.tune_supernets import SweepCallbacks, TuneMember, ValImages, stored_fates, train_members
-from search.front.points import save_points, trial_name
+from search.front.points import trial_name
+from search.front.points_file import save_points
 from search.study.study import TrialRecord
 
 Stop = Callable[[RunDir], AbstractContextManager[StopRequest]]
@@ -138,6 +145,7 @@ def launch_supernets(
             stack.enter_context(DriverLock(member.run, command, take_over=take_over))
             member.run.clear_stop()
         run.clear_stop()
+        clear_drafts(run, config)
         request = stack.enter_context(stop(run))
         request.add(watch)
         progress = FiledProgress(progress, run.progress_json)
@@ -180,6 +188,8 @@ def tune_member(member: Member, plan: StagePlan, stop_file: Path, threads: int) 
         workers=1,
         is_local=prepared.config.ray.address == LOCAL,
         init_from=None if prepared.start is None else prepared.start.path,
+        artifacts=artifacts_url(prepared.config, plan.folder.path),
+        data_path=prepared.config.data.path,
     )
     return TuneMember(member.name, member.key, job, is_done=plan.is_done)
 
@@ -239,6 +249,21 @@ class _PrefixedProgress:
         return self._progress.bar(replace(task, title=f"{self._label}: {task.title}"))
 
 
+def _replay_all(
+    results: SupernetSweepResults,
+    own: Mapping[str, Tracker],
+    trackers: TreeTrackers,
+    missing: MissingRows,
+    progress: ProgressView,
+) -> None:
+    """Write all rows of a sweep with the trackers of its launch, `own`; members that the launch
+    does not have get trackers that are closed here."""
+    warn = missing.warned(progress.warn)
+    for tracker, status, end_ms in replay_supernets(results, lambda name: own.get(name) or trackers.make(warn)):
+        if tracker not in own.values():
+            missing.add(tracker.close(status, end_ms, TRACKING_TIMEOUT_S))
+
+
 @dataclass
 class _TestOpeningCounter:
     """Counts in the manifest that the sweep reads `test`: once per launch, however many members
@@ -295,14 +320,15 @@ class _SupernetsLaunch:
         study = SupernetStudy.open(run, config, records.entries)
         trackers = TreeTrackers(config, run)
         stack.callback(trackers.end)
-        tracker = trackers.make(progress.warn)
+        missing = MissingRows(run)
+        tracker = trackers.make(missing.warned(progress.warn))
         parent = sweep_row(manifest.read(), run, config)
         tracker.parent(parent)
         tracker.datasets(data_rows(manifest.read()))
         manifests = {name: write_facts(_prepared(member), member.run, progress.warn) for name, member in usable.items()}
         opened = {name: RunResults(member.run, member.config) for name, member in usable.items()}
         results = SupernetSweepResults(run, opened)
-        stack.enter_context(closing_tracker(run, tracker, progress, lambda: supernets_end_ms(results)))
+        stack.enter_context(closing_tracker(run, tracker, missing, progress, lambda: supernets_end_ms(results)))
         launches = {}
         for name, member in usable.items():
             own = manifests[name]
@@ -311,7 +337,7 @@ class _SupernetsLaunch:
                 _prepared(member),
                 opened[name],
                 own,
-                trackers.make(own_progress.warn),
+                trackers.make(missing.warned(own_progress.warn)),
                 own_progress,
                 request,
                 watch,
@@ -319,8 +345,11 @@ class _SupernetsLaunch:
             )
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
             work.tracker.datasets(data_rows(own.read()))
-            stack.enter_context(closing_tracker(member.run, work.tracker, own_progress, _end_of(own)))
+            stack.enter_context(closing_tracker(member.run, work.tracker, missing, own_progress, _end_of(own)))
             launches[name] = work
+        if config.tracking.mlflow:
+            opened_trackers = {"": tracker} | {name: work.tracker for name, work in launches.items()}
+            missing.repeat(lambda: _replay_all(results, opened_trackers, trackers, missing, progress), progress)
         return cls(config, results, usable, launches, manifest, tracker, progress, request, watch, records, study)
 
     @property
@@ -335,7 +364,9 @@ class _SupernetsLaunch:
         self._supersede_others(plans)
         is_idle = self._is_idle(plans)
         first = _prepared(next(iter(self.members.values())))
-        with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress, self.storage):
+        at_a_time = min(self.config.supernets.concurrent, len(self.members))
+        on_ray = self._stages_on_ray(plans)
+        with ray_where_needed(on_ray, self.config, first, self.progress, self.storage, at_a_time=at_a_time):
             for name in list(self.members):
                 self._choose_subnets(name, plans[name])
             trained = self._train(plans)
@@ -420,6 +451,14 @@ class _SupernetsLaunch:
             if fate.state == "trained"
         )
 
+    def _stages_on_ray(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> set[str]:
+        """Names of the stages that need Ray in some member."""
+        if not self._needs_ray(plans):
+            return set()
+        is_training = self._known_fates(plans).keys() != self.members.keys()
+        is_choosing = any("structure" in own and not own["structure"].is_done for own in plans.values())
+        return {"search", *(["supernet"] if is_training else []), *(["structure"] if is_choosing else [])}
+
     def _is_idle(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> bool:
         """Whether earlier launches have done everything, and the last of them with these
         settings."""
@@ -442,7 +481,7 @@ class _SupernetsLaunch:
         if known.keys() == self.members.keys():
             fates = [known[name] for name in self.members]
         else:
-            threads = resolve_threads(self.config, cluster_cpus(), self.config.supernets.concurrent)
+            threads = training_threads(self.config, cluster_nodes(), self.config.supernets.concurrent)
             prepared = _prepared(next(iter(self.members.values())))
             data = prepared.data
             total = sum(entry.epochs for entry in self.records.entries if entry.name in self.members)
@@ -457,6 +496,7 @@ class _SupernetsLaunch:
                     callbacks=SweepCallbacks(
                         on_report=training.on_report,
                         on_points=training.on_points,
+                        on_counted=training.on_counted,
                         on_fate=training.on_fate,
                         should_stop=self.stop,
                         stalls=StallRules(tell=lambda text: self.progress.warn(f"supernets: the worker of {text}")),
@@ -590,12 +630,15 @@ class _TrainingListener:
         self._show(name, epoch, f"static hypervolume {value:.4f}")
 
     def on_points(self, name: str, points: list[CurvePoint]) -> None:
-        """Record new points of a supernet's loss curves."""
+        """Show new points of a supernet's loss curves."""
         self._begin(name)
-        work = self._sweep.launches[name]
-        work.tracker.curve(points)
         if points:
             self._show(name, points[-1].metrics.get("epoch") or 0.0, "")
+
+    def on_counted(self, name: str, points: list[CurvePoint]) -> None:
+        """Record the points of a supernet's loss curves that count."""
+        self._begin(name)
+        self._sweep.launches[name].tracker.curve(points)
 
     def on_fate(self, fate: MemberFate) -> None:
         """Record the outcome of a supernet's training; a second call for the same one does

@@ -20,9 +20,11 @@ from typing import Any
 from dsnet.arithmetic import MKL_MODE, users_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK, child_variables
+from dsnet.wording import first_line
 from orchestration.environment import prepare_environment
 from orchestration.workers.cluster_processes import MARK, kill_marked, new_mark
 from orchestration.workers.cluster_watch import ClusterWatch, watching
+from orchestration.workers.joining import why_not_joined
 from orchestration.workers.ray_folder import facts_for_message, ray_folder, token_variables
 from orchestration.workers.ray_start import started_in_time
 
@@ -149,16 +151,11 @@ def _connect(settings: RaySettings, mark: str | None = None) -> None:
             _check_reachable(settings.address)
             ray.init(address=settings.address, **_environment_of_workers(), **quiet)
     except Exception as error:  # Ray raises plain exceptions too
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-        if settings.address == LOCAL:
-            facts = facts_for_message(ray_folder())
-            raise PreflightError(
-                f"Ray could not be started on this machine: {first_line.rstrip('.')}; {facts}"
-            ) from error
-        raise PreflightError(
-            f"ray.address: no Ray cluster answers at '{settings.address}' ({first_line}); "
-            "start one, or use address: local"
-        ) from error
+        if settings.address != LOCAL:
+            raise PreflightError(why_not_joined(settings.address, error)) from error
+        facts = facts_for_message(ray_folder())
+        message = f"Ray could not be started on this machine: {first_line(error).rstrip('.')}; {facts}"
+        raise PreflightError(message) from error
 
 
 def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -224,10 +221,3 @@ def is_left_open() -> bool:
     """Whether Ray could not be shut down, because a call of it hangs; the process must then end
     without the interpreter's own end, which would wait for it."""
     return bool(_side_threads()) or any(thread.name == SHUTDOWN_THREAD for thread in threading.enumerate())
-
-
-def cluster_cpus() -> int:
-    """Number of CPUs of the connected cluster."""
-    import ray
-
-    return int(ray.cluster_resources().get("CPU", 1))

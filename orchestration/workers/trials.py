@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsnet.arithmetic import fix_arithmetic
-from dsnet.errors import PreflightError, StoppedError
+from dsnet.errors import ClusterLostError, PreflightError, StoppedError
 from dsnet.storage_faults import disk_error
 from dsnet.wording import plural
 from orchestration.workers.cluster_watch import LONGEST_WAIT_S, check_cluster
 from orchestration.workers.life import BEAT_S, Listener, Pulse
+from orchestration.workers.nodes import Need, Node, cluster_nodes, no_place, refuse_without_room, room
 from orchestration.workers.stalls import StallLimits, Stalls
 from search.front.points import trial_name
 from search.study.runner import CohortFunction, TrialOutcome, TrialSpec, describe_error, divide, run_batch
@@ -146,6 +147,29 @@ class Actors:
     """Further resources of an actor, > 0, under Ray's names: "GPU" (a share, 0.5 = two actors on
     one), "memory" (bytes), or a custom resource of the cluster. Ray counts them, but does not
     enforce them as limits."""
+
+    @property
+    def each(self) -> dict[str, float]:
+        """What one actor takes on its node."""
+        return {"CPU": float(self.threads), **self.resources}
+
+    def need(self) -> Need:
+        """What the cluster must have at least: a place for every actor, or for one."""
+        named = "ray.trial_actors" if self.number is None else f"ray.trial_actors {self.number}"
+        threads = "" if self.threads == 1 else f" with gate.end_to_end.threads {self.threads}"
+        lower = [
+            *(["ray.trial_actors"] if self.number is not None and self.number > 1 else []),
+            *(["gate.end_to_end.threads"] if self.threads > 1 else []),
+            *(f"ray.trial_resources.{name}" for name in self.resources),
+        ]
+        more = "add a node that has them" if self.resources else "raise ray.num_cpus, or add a node"
+        remedy = f"lower {' or '.join(lower)}, or {more}" if lower else more
+        return Need(what=named + threads, number=self.number or 1, each=self.each, remedy=remedy)
+
+    def places(self, nodes: Sequence[Node]) -> int:
+        """Number of actors that these nodes run at the same time, at most `number`."""
+        most = room(nodes, self.each)
+        return most if self.number is None else min(most, self.number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,37 +313,24 @@ class RayRunner:
 
     def _fill_places(self) -> int:
         """Start the missing actors, and first put the arrays into the object store; returns the
-        number of actors."""
+        number of actors.
+
+        Later calls have fewer actors where a node has left, and more where one was added.
+        """
         import ray
 
-        num_places = self._num_places(ray.cluster_resources())
+        nodes = cluster_nodes()
         if self._arrays_ref is None:
+            refuse_without_room(self._actors.need(), nodes)
             # numpy arrays are read where they lie in shared memory; torch tensors would be copied.
             self._arrays_ref = ray.put({name: np.ascontiguousarray(array) for name, array in self._arrays.items()})
-        for _ in range(num_places - len(self._idle) - len(self._jobs)):
+        num_places = max(1, self._actors.places(nodes))
+        for _ in range(num_places - self._num_actors()):
             self._start_actor()
         return num_places
 
-    def _num_places(self, available: Mapping[str, float]) -> int:
-        """Number of actors for a cluster with these resources."""
-        most = int(available.get("CPU", 0)) // self._actors.threads
-        num_actors = self._actors.number or max(1, most)
-        if not 1 <= num_actors <= most:
-            each = "one" if self._actors.threads == 1 else f"{self._actors.threads} (gate.end_to_end.threads)"
-            raise PreflightError(
-                f"ray.trial_actors is {num_actors}, but the cluster has {int(available.get('CPU', 0))} CPUs and each actor takes "
-                f"{each}; lower ray.trial_actors or raise ray.num_cpus"
-            )
-        for name, amount in self._actors.resources.items():
-            room = int(available.get(name, 0.0) / amount + 1e-9)
-            least = 1 if self._actors.number is None else self._actors.number
-            if room < least:
-                raise PreflightError(
-                    f"{least} trial actors take {amount:g} of the resource '{name}' each, but the cluster has "
-                    f"{available.get(name, 0.0):g}; lower ray.trial_actors or ray.trial_resources.{name}"
-                )
-            num_actors = min(num_actors, room)
-        return num_actors
+    def _num_actors(self) -> int:
+        return len(self._idle) + len(self._jobs)
 
     def _start_actor(self, num_starts_lost: int = 0, num_starts_late: int = 0) -> None:
         import ray
@@ -338,6 +349,18 @@ class RayRunner:
         )
         job = _Job(actor, None, Pulse.new(), time.monotonic(), num_starts_lost, num_starts_late)
         self._jobs[actor.prepare.remote()] = job
+
+    def _start_another(self, num_starts_lost: int = 0) -> None:
+        """Start an actor in place of one that is gone, if the nodes that are left have room for it:
+        without its node, its successor would wait for ever."""
+        if self._has_place():
+            self._start_actor(num_starts_lost)
+        else:
+            self._tell(f"a machine has left the cluster; the trials go on with {plural(self._num_actors(), 'worker')}")
+
+    def _has_place(self) -> bool:
+        """Whether the nodes have room for one more actor; the only one may wait for it."""
+        return self._num_actors() < max(1, self._actors.places(cluster_nodes()))
 
     def _submit_waiting(self, waiting: deque[_Batch]) -> None:
         while waiting and self._idle:
@@ -463,9 +486,9 @@ class RayRunner:
                 raise PreflightError(
                     f"trial workers failed to start {num_lost} times in a row: {_cause_of_loss(error)}"
                 )
-            self._start_actor(num_lost)
+            self._start_another(num_lost)
             return []
-        self._start_actor()
+        self._start_another()
         num_lost = job.batch.num_lost + 1
         if len(job.batch.specs) == 1 and num_lost <= self._limits.retries:
             waiting.appendleft(_Batch(job.batch.specs, num_lost))
@@ -479,7 +502,7 @@ class RayRunner:
 
         assert job.batch is not None
         ray.kill(job.actor)  # its process is killed within seconds, stopped or not
-        self._start_actor()
+        self._start_another()
         num_stalls = job.batch.num_stalls + 1
         if num_stalls <= self._limits.retries:
             waiting.appendleft(replace(job.batch, num_stalls=num_stalls))
@@ -492,15 +515,16 @@ class RayRunner:
         ray.kill(job.actor)
         if job.batch is None:
             num_late = job.num_starts_late + 1
-            if num_late >= MAX_STARTS_LATE:
-                raise PreflightError(
-                    f"a trial worker did not start within {START_TIMEOUT_S:g} s, {num_late} times in a row: the cluster is full or "
-                    "too slow; lower ray.trial_actors"
-                )
-            self._tell(f"a trial worker did not start within {START_TIMEOUT_S:g} s; another one is started")
-            self._start_actor(job.num_starts_lost, num_late)
-            return []
-        self._start_actor()
+            if num_late < MAX_STARTS_LATE and self._num_actors() < self._actors.places(cluster_nodes()):
+                self._tell(f"a trial worker did not start within {START_TIMEOUT_S:g} s; another one is started")
+                self._start_actor(job.num_starts_lost, num_late)
+                return []
+            if self._num_actors() > 0:
+                self._tell(f"a trial worker found no place within {START_TIMEOUT_S:g} s; the others go on")
+                return []
+            told = no_place(self._actors.each, "a trial worker", START_TIMEOUT_S)
+            raise PreflightError(told) if self._lanes is None else ClusterLostError(told)
+        self._start_another()
         return self._fail(job, job.batch, f"time-out after {self._limits.timeout_s:g} s", waiting)
 
     def _abandon_trials(self) -> None:

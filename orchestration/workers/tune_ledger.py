@@ -56,6 +56,9 @@ class MemberFate:
     """Why it was stopped, or failed."""
 
 
+LEDGER_FILE = "reports.jsonl"
+
+
 @dataclass(frozen=True)
 class Report:
     """A reported value and the scheduler's decision on it."""
@@ -91,7 +94,7 @@ class Ledger:
     @classmethod
     def of(cls, folder: Path, rules: TuneRules) -> Ledger:
         """The ledger of these rules; other rules have their own beside it."""
-        return cls(folder / rules.digest() / "reports.jsonl")
+        return cls(folder / rules.digest() / LEDGER_FILE)
 
     def events(self) -> Iterator[Report | End]:
         """All events, oldest first."""

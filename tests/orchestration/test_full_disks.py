@@ -69,9 +69,9 @@ def test_the_loss_of_mlflows_database_does_not_end_a_sweep_and_is_said(
 def test_launches_on_a_disk_that_grows_end_as_on_a_large_one(finished: Finished, tmp_path: Path) -> None:
     write_sweep(tmp_path)
     options = (*WITHOUT_MLFLOW, "--set", "storage.min_free_mib=0", "--runs", "d/runs")
-    with small_disk(tmp_path / "d", "64k") as disk:
+    with small_disk(tmp_path / "d", "8k") as disk:
         codes = []
-        for size in ("64k", "256k", "700k", "1200k", "2m", "4m", "7m", "64m"):
+        for size in ("8k", "64k", "256k", "700k", "1200k", "2m", "4m", "7m", "64m"):
             resize(disk, size)
             command = Command(tmp_path, "launch", SWEEP, *options)
             try:

@@ -23,6 +23,7 @@ from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.errors import ConfigError, PreflightError, StoppedError, StorageError
 from dsnet.import_path import WORKER_HOOK
 from orchestration.environment import prepare_environment
+from orchestration.workers.nodes import Node
 from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers
 from orchestration.workers.trials import Actors, RayRunner, TrialLimits, TrialWorker, _cause_of_loss, _resource_options
 from search.gate_check import GateCheck
@@ -366,17 +367,19 @@ class TestRayRunner(RunnerContract):
 
 
 def test_an_actor_that_wants_what_the_cluster_lacks_is_refused(empty_cluster: None) -> None:
-    for num_actors, message in ((None, "1 trial actors take 2"), (2, "2 trial actors take 2")):
+    for num_actors, message in ((None, "one process needs 1 CPU and 2 of board"), (2, "2 processes need .* each")):
         runner = RayRunner(make_walks, arrays={}, actors=Actors(number=num_actors, resources={"board": 2}))
-        with pytest.raises(PreflightError, match=f"{message} of the resource 'board' each, but the cluster has 0"):
+        with pytest.raises(
+            PreflightError, match=rf"{message}.*1 node with 2 CPUs and 0 of board.*trial_resources\.board"
+        ):
             next(runner.run(specs("work")))
 
 
 def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
-    cluster = {"CPU": 4.0, "GPU": 1.0, "memory": 4e9}
+    nodes = [Node("a", {"CPU": 4.0, "GPU": 1.0, "memory": 4e9})]
 
     def places(**options: Any) -> int:
-        return RayRunner(make_walks, arrays={}, actors=Actors(**options))._num_places(cluster)
+        return Actors(**options).places(nodes)
 
     assert places() == 4
     assert places(threads=2) == 2
@@ -412,7 +415,9 @@ def test_actors_read_the_arrays_in_place_with_the_threads_that_they_take(
     assert (facts["torch_threads"], facts["omp_threads"]) == (2, 2)
     assert facts["has_mkl_mode"]
     runner.close()
-    with pytest.raises(PreflightError, match=r"has 2 CPUs and each actor takes 3 \(gate.end_to_end.threads\)"):
+    with pytest.raises(
+        PreflightError, match=r"gate\.end_to_end\.threads 3: one process needs 3 CPUs, but .*1 node with 2 CPUs"
+    ):
         list(RayRunner(make, arrays=ARRAYS, actors=Actors(threads=3)).run(specs("work")))
 
 
@@ -489,7 +494,7 @@ def test_a_stop_request_ends_trials_that_need_longer(
 
 
 def test_more_actors_than_cpus_are_refused(empty_cluster: None) -> None:
-    with pytest.raises(PreflightError, match=r"ray\.trial_actors is 3, but the cluster has 2 CPUs"):
+    with pytest.raises(PreflightError, match=r"ray\.trial_actors 3: 3 processes need 1 CPU each, but .* room for 2"):
         list(RayRunner(refuse_to_build, arrays=ARRAYS, actors=Actors(number=3)).run(specs("work")))
 
 
@@ -552,6 +557,7 @@ def vanishes(pid: int, within_s: float = 15.0) -> bool:
 
 LIFE_OF_A_CLUSTER = """
 import json, os, pathlib, sys
+from orchestration.workers.nodes import Node
 from orchestration.workers.runtime import RaySettings, ray_session
 
 def children(pid):

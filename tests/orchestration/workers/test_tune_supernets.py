@@ -34,19 +34,22 @@ from dsnet.network.batchnorm import recalibrate
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import NORMS
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL, recalibration_batches
+from dsnet.stored.names import FINAL
+from dsnet.training.supernet import recalibration_batches
 from orchestration.config.schedulers import check_scheduler
 from orchestration.workers.schedulers import make_scheduler
 from orchestration.workers.supernet import STOP_GRACE_S, _train_loop, root_cause, train_on_ray
 from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules
 from orchestration.workers.tune_schedule import Member, ReplayingScheduler
 from orchestration.workers.tune_supernets import (
+    MemberWork,
     _train_member,
     _tune_error,
     measurable,
     static_hypervolume,
     stored_fates,
 )
+from orchestration.workers.workplaces import SharedFolder
 from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Dies, DiesLater, Sweep
 
 
@@ -542,10 +545,11 @@ def test_training_workers_choose_mkls_mode_before_they_do_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "outcome.json").touch()  # an attempt that failed: both return at once
-    job: Any = SimpleNamespace(folder=tmp_path)
+    job: Any = SimpleNamespace(threads=1, workers=1)
+    place = SharedFolder(tmp_path, tmp_path / "stop")
     for train in (
-        lambda: _train_loop({"job": job}),
-        lambda: _train_member({"member": "m"}, {"m": job}, {}, {}, tmp_path, 1, {}),
+        lambda: _train_loop({"job": job, "place": place}),
+        lambda: _train_member({"member": "m"}, {"m": MemberWork(job, "k", place, None, tmp_path)}, {}, 1, {}),
     ):
         monkeypatch.delenv(MKL_MODE, raising=False)
         train()

@@ -9,17 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsnet.errors import DataError, StorageError
-from search.front.points import (
-    POINT_COLUMNS,
-    control_points,
-    gate_points,
-    load_points,
-    points_frame,
-    save_points,
-    subnet_points,
-    trial_name,
-    validate_points,
-)
+from search.front.points import POINT_COLUMNS, control_points, gate_points, subnet_points, trial_name, validate_points
+from search.front.points_file import load_points, points_frame, save_points
 
 
 def make_rows():
