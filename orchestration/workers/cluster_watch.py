@@ -66,7 +66,10 @@ class ClusterWatch:
     lost: str | None = field(default=None, init=False)
     """What was lost, as a sentence; None while nothing is."""
     _is_finished: bool = field(default=False, init=False)
+<<<<<<< HEAD
     """Whether this process is ending the cluster itself, so that nothing is lost any more."""
+=======
+>>>>>>> stalls
     _since: dict[str, float] = field(default_factory=dict, init=False)
     """Since when something has been stopped or has not answered, by name."""
 
@@ -90,6 +93,11 @@ class ClusterWatch:
         started = {"raylet": "its raylet", "gcs_server": "its GCS"}
         pids = [(name, info.process.pid) for kind, name in started.items() for info in node.all_processes.get(kind, ())]
         self.essentials = [each for name, pid in pids for each in essential(name, pid)]
+
+    def finish(self) -> None:
+        """Look for the last time: what ends from now on is ended by us."""
+        self.update()
+        self._is_finished = True
 
     def update(self) -> str | None:
         """Look at everything once; returns what was lost."""
