@@ -15,8 +15,9 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
-from dsnet.errors import DsnetError, StoppedError
+from dsnet.errors import DsnetError, StoppedError, StorageError
 from dsnet.import_path import ALLOW_IMPORTS
+from dsnet.storage_faults import disk_error, storage_error
 from orchestration.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def main() -> None:
     fix_arithmetic()
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()  # a full disk behind a redirection is noticed here
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
@@ -130,17 +132,44 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of the pipe has ended; this is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(0)
-    except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        click.echo(
-            f"internal error: {type(error).__name__}: {error}\nThis is a bug in dsnet-orch. Set {DEBUG_VARIABLE}=1 to see the traceback.",
-            err=True,
-        )
-        sys.exit(EXIT_INTERNAL)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
+        sys.exit(_other_error(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _other_error(error: Exception) -> int:
+    """Report an error that is not of ours; returns the exit code."""
+    fault = _stdout_fault(error) or storage_error(error)
+    if fault is not None:
+        _fail(fault)
+        return fault.exit_code
+    if os.environ.get(DEBUG_VARIABLE):
+        raise error
+    click.echo(
+        f"internal error: {type(error).__name__}: {error}\nThis is a bug in dsnet-orch. Set {DEBUG_VARIABLE}=1 to see the traceback.",
+        err=True,
+    )
+    return EXIT_INTERNAL
+
+
+def _stdout_fault(error: Exception) -> StorageError | None:
+    """The fault of storage for which stdout cannot be written, if that is the error; what stdout
+    still holds is dropped then, or Python would fail again at its end."""
+    if not isinstance(error, OSError) or error.filename is not None or disk_error(error) is None:
+        return None
+    try:
+        os.write(sys.stdout.fileno(), b"\n")  # the error does not say which file it is about
+    except OSError as again:
+        if again.errno == error.errno:
+            _drop_stdout()
+            return storage_error(error, Path("/dev/stdout"), "write")
+    return None
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: DsnetError) -> None:
@@ -196,29 +225,33 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
         again: command that continues it after a stop; None = the user's own command.
     """
     from dsnet.stop_signals import stop_on_signals
+    from orchestration.commands.ending import Ending
     from orchestration.commands.sweep import sweep_of
     from orchestration.pipeline.launch import check_failures
     from orchestration.progress import TerminalProgress
     from orchestration.supernets.launch import launch_sweep
+    from orchestration.workers.last_resort import end_if_left_open, ended_in_time
+    from orchestration.workers.runtime import is_left_open
 
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
-    requests: list[StopRequest] = []
+    ending = Ending(progress, again or command)
 
     @contextmanager
     def stop(run: RunDir) -> Iterator[StopRequest]:
-        def first(name: str) -> None:
-            progress.say(f"{name}: stopping after the current step or trial (repeat to stop immediately) ...")
+        with stop_on_signals(run.stop_requested, ending.hear) as ending.request:
+            yield ending.request
 
-        with stop_on_signals(run.stop_requested, first) as request:
-            requests.append(request)
-            yield request
-
-    try:
-        result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
-    except (StoppedError, KeyboardInterrupt):
-        click.echo(f"stopped; finished work is kept. Continue with:\n  {again or command}", err=True)
-        return requests[-1].exit_code if requests else EXIT_INTERRUPTED
+    with ended_in_time(lambda: ending.request, ending.tell_lost):
+        try:
+            result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
+        except (StoppedError, KeyboardInterrupt) as error:
+            return end_if_left_open(ending.tell(error))
+        except DsnetError as error:
+            if is_left_open():
+                _fail(error)
+                end_if_left_open(error.exit_code)
+            raise
     sweep_of(result.results).show_launch(result.bundles)
     check_failures(result.results)
     return 0

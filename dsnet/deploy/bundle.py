@@ -40,7 +40,7 @@ from dsnet.deploy.precisions import (
 from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
 from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.families import rebuild
-from dsnet.files import atomic_write_json, file_sha256, own_digest, read_object, understood
+from dsnet.files import atomic_write_json, file_sha256, own_digest, read_object, understood, writing
 from dsnet.network.precision import exact_float32, own_defaults
 from dsnet.network.supernet import Supernet, restrict, state_for_saving
 from dsnet.routers.base import Router
@@ -433,12 +433,13 @@ def save_bundle(folder: Path, contents: BundleContents, *, claims: Mapping[str, 
     stored = _answered(small, [local, *(point.router for point in further)], contents)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
-        _write_files(draft, manifest, weights, stored, gate_yaml)
-        _swap(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with writing(folder):
+        try:
+            draft.mkdir(parents=True)
+            _write_files(draft, manifest, weights, stored, gate_yaml)
+            _swap(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _answered(supernet: Supernet, routers: Sequence[Router], contents: BundleContents) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from dsnet.deploy.onnx_files import tail_name
 from dsnet.deploy.onnx_graphs import OPSET
 from dsnet.deploy.segments import CutSegments
 from dsnet.errors import ConfigError, DataError
-from dsnet.files import atomic_write_bytes, atomic_write_json, file_sha256
+from dsnet.files import atomic_write_bytes, atomic_write_json, file_sha256, writing
 from dsnet.measure.engine_parts import HIDDEN, PartGraphs
 from dsnet.measure.latency import MIN_REPEATS, TRUNK, LatencySamples, Rounds
 from dsnet.measure.latency_table import MachineLoad
@@ -103,9 +103,10 @@ def write_kit(supernet: Supernet, image_size: int, settings: LatencySettings, fo
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder; name a new one")
     graphs = PartGraphs.of(supernet, image_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    copyfile(Path(__file__).with_name(SCRIPT), folder / SCRIPT)
-    np.savez(folder / EXAMPLES, **_examples(supernet, image_size))  # type: ignore[arg-type]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        copyfile(Path(__file__).with_name(SCRIPT), folder / SCRIPT)
+        np.savez(folder / EXAMPLES, **_examples(supernet, image_size))  # type: ignore[arg-type]
     described = []
     for graph in _kit_graphs(graphs, settings):
         graph.model.ir_version = IR_VERSION

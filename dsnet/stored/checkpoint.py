@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsnet.errors import CheckpointError
 from dsnet.families import rebuild
-from dsnet.files import atomic_write_json, file_sha256, read_json, replacing
+from dsnet.files import atomic_write_json, file_sha256, read_json, reading, replacing
 from dsnet.network.supernet import Supernet, state_for_saving
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -29,15 +29,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> str
     """Write a safetensors file atomically; returns its SHA-256.
 
     Raises:
-        CheckpointError: the file cannot be written; an older file stays unchanged.
+        StorageError: the file cannot be written; an older file stays unchanged.
     """
     with replacing(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"cannot write {path}: {error}; an earlier version of the file is unchanged"
-            ) from error
+        save_file(dict(tensors), temporary)
         return file_sha256(temporary)
 
 
@@ -54,7 +49,8 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Shaped[Tens
             f"{path}: its SHA-256 is {met[:12]}..., but {sha256[:12]}... was recorded; the file is damaged or was replaced"
         )
     try:
-        return load_file(path)
+        with reading(path):
+            return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as safetensors ({error}); the file is damaged or truncated"
@@ -105,10 +101,19 @@ def load_supernet(stem: Path) -> tuple[Supernet, dict[str, Any]]:
     tensors, meta = load_checkpoint(stem)
     if "spec" not in meta or "subnets" not in meta:
         raise CheckpointError(f"{stem}.json: holds no supernet (no 'spec' and 'subnets')")
+    return supernet_from(tensors, meta, str(stem)), meta
+
+
+def supernet_from(tensors: Mapping[str, Shaped[Tensor, "*_"]], meta: Mapping[str, Any], where: str) -> Supernet:
+    """Build a supernet, in eval mode, from its state dict and the result of `supernet_meta`.
+
+    Raises:
+        CheckpointError: the tensors do not fit the specification; the message begins with `where`.
+    """
     subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
     supernet = rebuild(subnets)
-    load_exactly(supernet, tensors, str(stem))
-    return supernet.eval(), meta
+    load_exactly(supernet, tensors, where)
+    return supernet.eval()
 
 
 def load_exactly(supernet: Supernet, tensors: Mapping[str, Shaped[Tensor, "*_"]], where: str) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +12,8 @@ import torch
 
 from dsnet.data.normalization import Normalization
 from dsnet.data.settings import IMAGENET_VALUES
-from dsnet.errors import CheckpointError, ConfigError, PreflightError
-from dsnet.files import atomic_write_text, file_sha256, read_json
+from dsnet.errors import CheckpointError, ConfigError
+from dsnet.files import atomic_write_text, file_sha256, read_json, writing
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import save_supernet
@@ -105,7 +103,7 @@ def import_checkpoint(source: Path, out: Path, settings: ImportSettings) -> Impo
     _check_out(out)
     _refuse_own_format(source)
     supernet, _ = load_dsnet_checkpoint(source, settings.num_classes, ema=settings.ema, image_size=settings.image_size)
-    with _usable(out):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     origin = {"file": source.name, "sha256": file_sha256(source), "weights": "ema" if settings.ema else "student"}
     meta = {"run": {"normalization": IMAGENET.to_json(), "origin": origin}, "torch": torch.__version__}
@@ -135,19 +133,11 @@ def _check_settings(text: str, settings: ImportSettings) -> None:
 
 
 def _check_out(out: Path) -> None:
-    with _usable(out):
+    with writing(out):
         if (out / SWEEP_FILE).exists():
             raise ConfigError(f"{out / SWEEP_FILE}: already exists; choose another --out, or remove it")
         if out.exists() and not out.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "it is a file")
-
-
-@contextmanager
-def _usable(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PreflightError(f"--out {out}: cannot be used ({error.strerror}); choose another") from error
 
 
 def _refuse_own_format(source: Path) -> None:

@@ -21,7 +21,7 @@ from dsnet.data.splits import Splits, make_splits, splits_of
 from dsnet.data.survey import Survey, survey_folder
 from dsnet.errors import ConfigError, DataError
 from dsnet.families import Task, family_names, layout
-from dsnet.files import atomic_write_text
+from dsnet.files import atomic_write_text, writing
 from dsnet.space.cost import subnet_cost
 from dsnet.training.data_defaults import DataDefault, DataFacts, data_defaults
 from dsnet.training.plain_start import is_plain
@@ -104,7 +104,8 @@ def init_sweep(
     load_source_text(
         parse_yaml(text, str(path)), known_models=family_names()
     )  # raises if the written file is not valid
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)
     return path, seen
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from dsnet.errors import StoppedError
 from dsnet.stop_signals import StopRequest
 from orchestration.config.sweep import SweepConfig
+from orchestration.pipeline.storage_watch import StorageWatch
 from orchestration.prepare.preparation import Prepared
 from orchestration.progress import ProgressView
 from orchestration.results.run import RunResults
@@ -16,6 +17,8 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDir, StagePlan, run_stage
 from orchestration.tracking.protocol import Tracker
+from orchestration.workers.cluster_watch import check_cluster
+from orchestration.workers.training_watch import StallRules
 from search.study.study import TrialRecord
 
 
@@ -34,6 +37,7 @@ class Launch:
     tracker: Tracker
     progress: ProgressView
     stop: StopRequest
+    storage: StorageWatch
     on_record: Callable[[TrialRecord], None] = _ignore
     """Called with every recorded trial; a sweep of supernets adds the trials of all members to one
     study."""
@@ -58,6 +62,10 @@ class Launch:
         self.results.refresh()
         return folder
 
+    def stall_rules(self, stage: str) -> StallRules:
+        """How stalls of the workers of a stage are noticed and told."""
+        return StallRules(tell=lambda text: self.progress.warn(f"{stage}: {text}"))
+
     def count_test_opening(self, who: str) -> int:
         """Record that `test` is read; returns how often it has been read, by the whole sweep if
         this run is part of one."""
@@ -65,6 +73,7 @@ class Launch:
         return own if self.on_test_opening is None else max(own, self.on_test_opening())
 
     def check_stop(self) -> None:
-        """Raise StoppedError if a stop was requested."""
+        """Raise StoppedError if a stop was requested, or if Ray was lost."""
         if self.stop():
             raise StoppedError("the sweep was stopped")
+        check_cluster()

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from dsnet.data.splits import SPLIT_NAMES
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
 from dsnet.files import remove_drafts
 from dsnet.stop_signals import StopRequest
+from dsnet.storage_faults import storage_error
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.stored.names import FINAL
 from dsnet.wording import plural
@@ -25,7 +26,9 @@ from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import Formats, export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.mending import mend_run, mend_search
+from orchestration.pipeline.placement import refuse_what_cannot_fit
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
+from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, ray_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import supernet_stage
 from orchestration.pipeline.verify import verify_stage
@@ -57,10 +60,16 @@ from orchestration.tracking.rows import (
     write_overview,
     write_subnets,
 )
+from orchestration.workers.node_check import check_nodes
+from orchestration.workers.nodes import cluster_nodes, nodes_in_words
+from orchestration.workers.ray_folder import ray_folder
 from orchestration.workers.runtime import LOCAL, RaySettings, ray_session
 from search.front.points_file import save_points
 
 TRACKING_TIMEOUT_S = 30.0
+STOPPED_TRACKING_TIMEOUT_S = 4.0
+"""Seconds that MLflow may take for what is left after a stop request; the next launch writes the
+rest."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def launch(
         take_over: take the lock of another host.
 
     Raises:
-        StoppedError: stopped early; launching again continues.
+        StoppedError: stopped early, also by its storage; launching again continues.
         VerificationError, NothingFeasibleError, TooManyFailedTrialsError, LockedError,
         PreflightError, ...: see dsnet.errors.
     """
@@ -103,22 +112,26 @@ def launch(
         progress.warn(warning)
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a path that cannot be part of a database URI, before anything is written
+    check_reserve(run_reserve(config))
     run.create()
-    with DriverLock(run, command, take_over=take_over) as lock:
+    with ExitStack() as stack:
+        lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
+        watch = stack.enter_context(watched(run, run_reserve(config)))
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         run.clear_stop()
         clear_drafts(run, config)
-        with stop(run) as request:
-            manifest = write_facts(prepared, run, progress.warn)
-            missing = MissingRows(run)
-            tracker = make_tracker(config, run, missing.warned(progress.warn))
-            results = RunResults(run, config)
-            work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request)
-            with closing_tracker(run, tracker, missing, progress, lambda: sweep_end_ms(manifest.read())):
-                if config.tracking.mlflow:
-                    missing.repeat(lambda: replay(results, tracker), progress)
-                return _run_stages(work)
+        request = stack.enter_context(stop(run))
+        request.add(watch)
+        manifest = write_facts(prepared, run, progress.warn)
+        missing = MissingRows(run)
+        tracker = make_tracker(config, run, missing.warned(progress.warn))
+        results = RunResults(run, config)
+        work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request, watch)
+        stack.enter_context(closing_tracker(run, tracker, missing, progress, lambda: sweep_end_ms(manifest.read())))
+        if config.tracking.mlflow:
+            missing.repeat(lambda: replay(results, tracker), progress)
+        return _run_stages(work)
 
 
 OLD_DRAFT_S = 600.0
@@ -204,8 +217,12 @@ def closing_tracker(
     except (StoppedError, KeyboardInterrupt):
         status = "KILLED"
         raise
+    except Exception as error:
+        status = "FAILED" if storage_error(error) is None else "KILLED"  # the next launch continues
+        raise
     finally:
-        summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
+        timeout_s = STOPPED_TRACKING_TIMEOUT_S if status == "KILLED" else TRACKING_TIMEOUT_S
+        summary = tracker.close(status, end_ms or int(time.time() * 1000), timeout_s)
         missing.add(summary)
         if summary.num_unsent:
             progress.warn(
@@ -226,8 +243,9 @@ def _run_stages(work: Launch) -> LaunchResult:
     prepared = work.prepared
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     supersede_others(work, plans)
-    needs_ray = not plans["supernet"].is_done or needs_workers(run, plans["search"], config)
-    with ray_where_needed(needs_ray, config, work.prepared, work.progress):
+    on_ray: list[str] = [name for name in ("structure", "supernet") if name in plans and not plans[name].is_done]
+    on_ray += ["search"] if needs_workers(run, plans["search"], config) else []
+    with ray_where_needed(on_ray, config, work.prepared, work.progress, work.storage):
         if prepared.structure is not None:
             work = structure_stage(work, plans["structure"])
             refuse_impossible_layout(config, work.prepared.subnets, prepared.image_size)
@@ -275,10 +293,27 @@ def stage_plans(work: Launch) -> dict[str, StagePlan]:
 
 @contextmanager
 def ray_where_needed(
-    is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView
+    stages: Collection[str],
+    config: SweepConfig,
+    prepared: Prepared,
+    progress: ProgressView,
+    storage: StorageWatch,
+    *,
+    at_a_time: int | None = None,
 ) -> Iterator[None]:
-    """A Ray session for the length of the block if a stage needs it."""
-    if not is_needed:
+    """A Ray session for the length of the block, whose cluster can place everything that runs.
+
+    Args:
+        stages: names of the stages that need Ray; without any there is no session.
+        config: configuration of the sweep.
+        prepared: its training split decides the size of a local object store.
+        progress: says that Ray starts, and what a cluster has that was joined.
+        at_a_time: see `refuse_what_cannot_fit`.
+
+    Raises:
+        PreflightError: Ray does not start, a node differs, or something fits on no node.
+    """
+    if not stages:
         yield
         return
     num_bytes = 0 if config.data.stream else prepared.data.images("train").numel()
@@ -288,8 +323,17 @@ def ray_where_needed(
         address=config.ray.address,
         num_cpus=config.ray.num_cpus,
         object_store_mib=max(config.ray.object_store_mib, needed_mib),
+        start_timeout_s=config.ray.start_timeout_s,
     )
+    if settings.address == LOCAL:
+        reserve = ray_reserve(config, ray_folder())
+        check_reserve(reserve)
+        storage.add(reserve)
     with ray_session(settings):
+        if settings.address != LOCAL:
+            check_nodes()
+            progress.say(f"the Ray cluster has {nodes_in_words(cluster_nodes(), {'CPU': 1.0, 'GPU': 1.0})}")
+        refuse_what_cannot_fit(config, stages, at_a_time)
         yield
 
 

@@ -22,6 +22,7 @@ from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.stored.checkpoint import load_supernet
 from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code
@@ -49,6 +50,7 @@ from orchestration.tracking.rows import trial_row
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.self_check import ArithmeticReport, StartCheck
+from orchestration.workers.sent_network import SentNetwork, network_arrays
 from orchestration.workers.trials import Actors, MakeCohortFunction, RayRunner, TrialLimits
 from search.conditions.constraints import BASELINE, ConstraintSet
 from search.front.points import trial_name
@@ -344,6 +346,12 @@ def gate_defaults(config: SweepConfig) -> dict[str, Any]:
     return canonical_settings({"gate": config.gate.model_dump(mode="json")})
 
 
+def trial_actors(config: SweepConfig) -> Actors:
+    """Number and size of the actors that run the trials of a search."""
+    threads = config.gate.end_to_end.threads if config.gate.trainer == "end_to_end" else 1
+    return Actors(number=config.ray.trial_actors, threads=threads, resources=config.ray.trial_resources)
+
+
 def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport) -> RayRunner:
     config, prepared = work.config, work.prepared
     results = work.results
@@ -354,25 +362,27 @@ def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport)
     tables_only = MakeGateTrial(metas, prepared.subnets, results.latency, gate_defaults(config), devices)
     make: MakeCohortFunction = tables_only
     arrays = {f"{split}/{name}": array for split, table in tables.items() for name, array in table.arrays().items()}
-    threads = 1
     look: Callable[[Any], Finding] = GateCheck.of_space(study_settings(config).space)
     if config.gate.trainer == "end_to_end":
         rules = config.gate.end_to_end
         settings = EndToEndSettings(
             epochs=rules.epochs, augmentation=_augmentation(prepared) if rules.augment else None
         )
-        checkpoint = work.run.stage_dir("supernet", results.done_key("supernet")) / FINAL
-        make = MakeEndToEndTrial(tables_only, checkpoint.absolute(), prepared.normalization, settings)
+        supernet, _ = load_supernet(work.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
+        make = MakeEndToEndTrial(tables_only, SentNetwork.of(supernet), prepared.normalization, settings)
         data = prepared.data
-        arrays |= shared_images(GateImages(data.images("gate"), data.labels("gate"), prepared.normalization))
-        threads = rules.threads
+        arrays |= network_arrays(supernet) | shared_images(
+            GateImages(data.images("gate"), data.labels("gate"), prepared.normalization)
+        )
         look = EndToEndCheck()
     return RayRunner(
         make,
         arrays=arrays,
-        actors=Actors(number=config.ray.trial_actors, threads=threads, resources=config.ray.trial_resources),
+        actors=trial_actors(config),
         limits=TrialLimits(timeout_s=resolve_timeout_s(config), retries=config.trial.retries),
         check=StartCheck(look, report.hear),
+        should_stop=work.stop,
+        tell=lambda text: work.progress.warn(f"search: {text}"),
     )
 
 

@@ -15,36 +15,33 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from dsnet.data.splits import Splits
 from dsnet.data.training_images import TrainingImages
 from dsnet.environment import resolve_device
 from dsnet.files import read_stored
 from dsnet.network.supernet import Supernet
-from dsnet.stored.checkpoint import save_supernet
 from dsnet.stored.names import STRUCTURE
 from dsnet.structure.method import Base, Candidate, Score
 from dsnet.structure.methods import structure_method
 from dsnet.structure.search import Scorer
 from dsnet.structure.stage import HeldOut, StructureWork
 from dsnet.wording import duration, plural
-from orchestration.config.resolve import resolve_side_by_side, resolve_threads
+from orchestration.config.resolve import resolve_side_by_side
 from orchestration.pipeline.context import Launch
+from orchestration.pipeline.placement import artifacts_url, training_threads
 from orchestration.prepare.preparation import with_found_structure
 from orchestration.progress import Bar, Task
 from orchestration.results.structure import summary_in
 from orchestration.runs.curves import CurvePoint
 from orchestration.runs.stages import StagePlan
 from orchestration.tracking.rows import base_row, write_structure
-from orchestration.workers.runtime import LOCAL, cluster_cpus
+from orchestration.workers.nodes import cluster_nodes
+from orchestration.workers.runtime import LOCAL
 from orchestration.workers.structure import ScoringJob, ray_scorer
 from orchestration.workers.supernet import SupernetJob, train_on_ray
 
 NUM_LINES = 40
 """Number of lines about all candidates on a pipe."""
-SCORED = "scored"
-"""Beginning of the names of the files that scorers read, which are removed after the search."""
 
 
 def structure_stage(work: Launch, plan: StagePlan) -> Launch:
@@ -108,10 +105,12 @@ class _OnRay:
             folder=folder,
             stop_file=work.run.stop_path,
             device=self._device,
-            threads=resolve_threads(config, cluster_cpus(), self.at_a_time),
+            threads=training_threads(config, cluster_nodes(), self.at_a_time),
             workers=config.supernet.workers,
             is_local=config.ray.address == LOCAL,
             init_from=stem,
+            artifacts=artifacts_url(config, folder),
+            data_path=config.data.path,
         )
         images = work.prepared.image_set.training_images(kept, base.run.augmentation)
         if self.at_a_time > 1:
@@ -124,14 +123,28 @@ class _OnRay:
                 if points:
                     bar.update(points[-1].metrics["epoch"] or 0.0)
 
-            train_on_ray(job, images, on_points=on_points, should_stop=work.stop, on_counted=work.tracker.curve)
+            train_on_ray(
+                job,
+                images,
+                on_points=on_points,
+                should_stop=work.stop,
+                on_counted=work.tracker.curve,
+                stalls=work.stall_rules(f"structure: {base.name}"),
+            )
 
     def _train_beside(self, base: Base, job: SupernetJob, images: TrainingImages) -> None:
         """Train a network at the same time as others; its curves are written when it is trained."""
         work, epochs = self._work, plural(base.run.train.epochs, "epoch")
         work.progress.say(f"structure: {base.name}: {epochs}")
         started, points = time.monotonic(), list[CurvePoint]()
-        train_on_ray(job, images, on_points=lambda _: None, should_stop=work.stop, on_counted=points.extend)
+        train_on_ray(
+            job,
+            images,
+            on_points=lambda _: None,
+            on_counted=points.extend,
+            should_stop=work.stop,
+            stalls=work.stall_rules(f"structure: {base.name}"),
+        )
         took = duration(time.monotonic() - started)
         loss = points[-1].metrics.get(f"loss/{base.subnets.largest.name}") if points else None
         told = "" if loss is None else f", loss {loss:.3g}"
@@ -146,22 +159,16 @@ class _OnRay:
         work = self._work
         assert work.prepared.structure is not None
         problem = work.prepared.structure.problem
-        stem = self._folder.absolute() / SCORED
-        save_supernet(stem, network)
-        images = stem.with_name(f"{SCORED}-images.safetensors")
-        save_file(dict(zip(("images", "labels"), held_out, strict=True)), images)
-        job = ScoringJob(stem, images, work.prepared.normalization, self._device)
+        job = ScoringJob(network, held_out[0], held_out[1], work.prepared.normalization, self._device)
         total = max(1, structure_method(problem.settings.method).num_candidates(problem))
         concurrent = work.config.supernet.structure.concurrent
         with (
             work.progress.bar(
                 Task("structure: candidates", total, "candidate", line_every=max(1, total // NUM_LINES))
             ) as bar,
-            ray_scorer(job, concurrent) as score,
+            ray_scorer(job, concurrent, should_stop=work.stop, stalls=work.stall_rules("structure")) as score,
         ):
             yield _Shown(bar, score, self._numbers).score
-        for path in (stem.with_suffix(".json"), stem.with_suffix(".safetensors"), images):
-            path.unlink()
 
 
 class _Shown:

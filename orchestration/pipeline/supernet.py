@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dsnet.environment import resolve_device
 from dsnet.wording import duration, subnet_phrase
-from orchestration.config.resolve import resolve_threads
 from orchestration.pipeline.context import Launch
+from orchestration.pipeline.placement import artifacts_url, training_threads
 from orchestration.prepare.preparation import StartPoint
 from orchestration.progress import Task
 from orchestration.results.supernet_facts import SupernetFacts
@@ -16,7 +16,8 @@ from orchestration.runs.curves import CurvePoint
 from orchestration.runs.folder import CURVES
 from orchestration.runs.stages import StagePlan
 from orchestration.tracking.rows import supernet_row, write_supernet
-from orchestration.workers.runtime import LOCAL, cluster_cpus
+from orchestration.workers.nodes import cluster_nodes
+from orchestration.workers.runtime import LOCAL
 from orchestration.workers.supernet import SupernetJob, train_on_ray
 
 
@@ -39,10 +40,12 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
             folder=folder,
             stop_file=run.stop_path,
             device=device,
-            threads=resolve_threads(config, cluster_cpus()),
+            threads=training_threads(config, cluster_nodes()),
             workers=config.supernet.workers,
             is_local=config.ray.address == LOCAL,
             init_from=None if start is None else start.path,
+            artifacts=artifacts_url(config, folder),
+            data_path=config.data.path,
         )
         if start is not None:
             work.progress.say(_start_sentence(start))
@@ -54,7 +57,14 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
                     bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1], shown))
 
             data = work.prepared.training_images()
-            stem = train_on_ray(job, data, on_points=on_points, should_stop=work.stop, on_counted=work.tracker.curve)
+            stem = train_on_ray(
+                job,
+                data,
+                on_points=on_points,
+                should_stop=work.stop,
+                on_counted=work.tracker.curve,
+                stalls=work.stall_rules("supernet"),
+            )
         return supernet_outputs(stem)
 
     was_done = plan.is_done

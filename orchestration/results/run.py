@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError
-from dsnet.files import known_sha256, read_object, read_sealed, read_stored, understood
+from dsnet.files import known_sha256, read_object, read_sealed, read_stored, reading, understood
 from dsnet.measure.latency_table import BatchClock, LatencyTable, device_of, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import added_metrics
@@ -630,7 +630,8 @@ def load_router(path: Path, sha256: str | None) -> Router:
     if sha256 is not None and known_sha256(path) != sha256:
         raise CheckpointError(f"{path}: is not the gate that the trial stored (its SHA-256 differs); {way_out}")
     try:
-        return router_of(load_file(path))
+        with reading(path):
+            return router_of(load_file(path))
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, CheckpointError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {way_out}") from error
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from dsnet.errors import CheckpointError, ConfigError, LockedError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, LockedError, PreflightError, StorageError
 from dsnet.files import atomic_write_json, exclusive, read_object
 from dsnet.strict_json import read_strictly
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import now_iso
+from orchestration.runs.processes import process_start_time
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,11 @@ class DriverLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._run.path.is_dir():  # the user may have deleted the run meanwhile; that must not hide `error`
-            with exclusive(self._run.path):
-                if read_lock(self._path) == self._holder:
-                    self._path.unlink()
+        # The folder may have been deleted, or may not be writable any more. That must not hide
+        # `error`; and a lock whose process has ended keeps nobody out.
+        with suppress(StorageError, OSError), exclusive(self._run.path):
+            if read_lock(self._path) == self._holder:
+                self._path.unlink()
         self._holder = None
 
     def _try_create(self, holder: LockHolder) -> bool:
@@ -157,19 +160,6 @@ def read_lock(path: Path) -> LockHolder | None:
     except (CheckpointError, ConfigError, ValueError):
         return None
     return holder
-
-
-def process_start_time(pid: int) -> int | None:
-    """Clock ticks between boot and the start of a process; None if it is gone or a zombie, or if
-    there is no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    # The second field is the command in parentheses and may hold spaces and parentheses itself.
-    fields = stat.rpartition(")")[2].split()
-    state, start_time = fields[0], int(fields[19])
-    return None if state in ("Z", "X") else start_time
 
 
 def _pid_exists(pid: int) -> bool:

@@ -18,14 +18,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.errors import CheckpointError, ConfigError, DsnetError, NotFoundError, NothingFeasibleError, StoppedError
+from dsnet.errors import (
+    CheckpointError,
+    ConfigError,
+    DsnetError,
+    NotFoundError,
+    NothingFeasibleError,
+    StoppedError,
+    StorageError,
+)
 from dsnet.files import read_sealed, write_sealed
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.export import gate_picks, point_sets
-from orchestration.config.resolve import resolve_threads, supernet_space
+from orchestration.config.resolve import supernet_space
 from orchestration.config.schedulers import check_scheduler
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
@@ -44,7 +52,9 @@ from orchestration.pipeline.launch import (
     write_outputs,
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
+from orchestration.pipeline.placement import artifacts_url, training_threads
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
+from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import done_sentence, supernet_outputs
 from orchestration.pipeline.verify import verify_stage
@@ -85,8 +95,10 @@ from orchestration.tracking.rows import (
     write_artifacts,
     write_bundles,
 )
-from orchestration.workers.runtime import LOCAL, cluster_cpus
+from orchestration.workers.nodes import cluster_nodes
+from orchestration.workers.runtime import LOCAL
 from orchestration.workers.supernet import SupernetJob
+from orchestration.workers.training_watch import StallRules
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
 from orchestration.workers.tune_supernets import SweepCallbacks, TuneMember, ValImages, stored_fates, train_members
 from search.front.points import trial_name
@@ -121,9 +133,11 @@ def launch_supernets(
         raise NothingFeasibleError(f"none of {plural(len(members), 'supernet')} has valid settings:\n{reasons}")
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
+    check_reserve(run_reserve(config))
     run.create()
     with ExitStack() as stack:
         lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
+        watch = stack.enter_context(watched(run, run_reserve(config)))
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         for member in usable:  # so that no other driver launches a member alone
@@ -133,8 +147,9 @@ def launch_supernets(
         run.clear_stop()
         clear_drafts(run, config)
         request = stack.enter_context(stop(run))
+        request.add(watch)
         progress = FiledProgress(progress, run.progress_json)
-        sweep = _SupernetsLaunch.begin(config, run, images, members, progress, request, stack)
+        sweep = _SupernetsLaunch.begin(config, watch, images, members, progress, request, stack)
         return sweep.run_all()
 
 
@@ -173,6 +188,8 @@ def tune_member(member: Member, plan: StagePlan, stop_file: Path, threads: int) 
         workers=1,
         is_local=prepared.config.ray.address == LOCAL,
         init_from=None if prepared.start is None else prepared.start.path,
+        artifacts=artifacts_url(prepared.config, plan.folder.path),
+        data_path=prepared.config.data.path,
     )
     return TuneMember(member.name, member.key, job, is_done=plan.is_done)
 
@@ -276,6 +293,7 @@ class _SupernetsLaunch:
     tracker: Tracker
     progress: ProgressView
     stop: StopRequest
+    storage: StorageWatch
     records: _MemberRecords
     study: SupernetStudy
 
@@ -283,7 +301,7 @@ class _SupernetsLaunch:
     def begin(
         cls,
         config: SweepConfig,
-        run: RunDir,
+        watch: StorageWatch,
         images: Images,
         members: tuple[Member, ...],
         progress: ProgressView,
@@ -291,6 +309,7 @@ class _SupernetsLaunch:
         stack: ExitStack,
     ) -> _SupernetsLaunch:
         """Write the run's own files and open the outputs of the launch; `stack` closes them."""
+        run = watch.run
         usable = {member.name: _in_one_experiment(member, config) for member in members if member.prepared is not None}
         first = next(iter(usable.values())).prepared
         assert first is not None
@@ -321,6 +340,7 @@ class _SupernetsLaunch:
                 trackers.make(missing.warned(own_progress.warn)),
                 own_progress,
                 request,
+                watch,
                 on_record=_shown_in(study, name),
             )
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
@@ -330,7 +350,7 @@ class _SupernetsLaunch:
         if config.tracking.mlflow:
             opened_trackers = {"": tracker} | {name: work.tracker for name, work in launches.items()}
             missing.repeat(lambda: _replay_all(results, opened_trackers, trackers, missing, progress), progress)
-        return cls(config, results, usable, launches, manifest, tracker, progress, request, records, study)
+        return cls(config, results, usable, launches, manifest, tracker, progress, request, watch, records, study)
 
     @property
     def run(self) -> RunDir:
@@ -344,7 +364,9 @@ class _SupernetsLaunch:
         self._supersede_others(plans)
         is_idle = self._is_idle(plans)
         first = _prepared(next(iter(self.members.values())))
-        with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress):
+        at_a_time = min(self.config.supernets.concurrent, len(self.members))
+        on_ray = self._stages_on_ray(plans)
+        with ray_where_needed(on_ray, self.config, first, self.progress, self.storage, at_a_time=at_a_time):
             for name in list(self.members):
                 self._choose_subnets(name, plans[name])
             trained = self._train(plans)
@@ -384,7 +406,7 @@ class _SupernetsLaunch:
             self._take_from_another(name, plans["structure"])
             chosen = structure_stage(work, stage_plans(work)["structure"])
             refuse_impossible_layout(chosen.config, chosen.prepared.subnets, chosen.prepared.image_size)
-        except StoppedError:
+        except (StoppedError, StorageError):
             raise
         except DsnetError as error:
             work.progress.warn(str(error))
@@ -429,6 +451,14 @@ class _SupernetsLaunch:
             if fate.state == "trained"
         )
 
+    def _stages_on_ray(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> set[str]:
+        """Names of the stages that need Ray in some member."""
+        if not self._needs_ray(plans):
+            return set()
+        is_training = self._known_fates(plans).keys() != self.members.keys()
+        is_choosing = any("structure" in own and not own["structure"].is_done for own in plans.values())
+        return {"search", *(["supernet"] if is_training else []), *(["structure"] if is_choosing else [])}
+
     def _is_idle(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> bool:
         """Whether earlier launches have done everything, and the last of them with these
         settings."""
@@ -451,7 +481,7 @@ class _SupernetsLaunch:
         if known.keys() == self.members.keys():
             fates = [known[name] for name in self.members]
         else:
-            threads = resolve_threads(self.config, cluster_cpus(), self.config.supernets.concurrent)
+            threads = training_threads(self.config, cluster_nodes(), self.config.supernets.concurrent)
             prepared = _prepared(next(iter(self.members.values())))
             data = prepared.data
             total = sum(entry.epochs for entry in self.records.entries if entry.name in self.members)
@@ -469,6 +499,7 @@ class _SupernetsLaunch:
                         on_counted=training.on_counted,
                         on_fate=training.on_fate,
                         should_stop=self.stop,
+                        stalls=StallRules(tell=lambda text: self.progress.warn(f"supernets: the worker of {text}")),
                     ),
                 )
         for fate in fates:  # also those that an earlier launch has recorded

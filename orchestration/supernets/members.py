@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dashboards.supernet_names import with_settings
-from dsnet.errors import CheckpointError, ConfigError, DsnetError
+from dsnet.errors import CheckpointError, ConfigError, DsnetError, StorageError
 from orchestration.config.distribution import Distribution
 from orchestration.config.resolve import gate_space, supernet_space
 from orchestration.config.space import supernet_with
@@ -140,7 +140,7 @@ def _member(
         prepared = prepare(member_config(config, run, settings), None, warn, images)
         key = supernet_record(prepared).key
         refuse_impossible_layout(prepared.config, prepared.subnets, prepared.image_size)
-    except CheckpointError:
+    except (CheckpointError, StorageError):
         raise  # broken files are not a fault of the settings
     except DsnetError as error:
         return Member("", key, settings, None, str(error))
@@ -166,6 +166,9 @@ def member_config(config: SweepConfig, run: RunDir, settings: Mapping[str, Scala
     plain = config.model_dump(mode="json", exclude={"presets", "supernet"})
     plain["space"] = {key: distribution.written() for key, distribution in gate_space(config).items()}
     plain["storage"]["runs"] = str(run.supernets_dir)
+    if config.storage.artifacts is not None:
+        below = run.supernets_dir.relative_to(run.path.parent).as_posix()
+        plain["storage"]["artifacts"] = f"{config.storage.artifacts.rstrip('/')}/{below}"
     try:
         plain["supernet"] = supernet_with(config.supernet, meant).model_dump(mode="json")
         return SweepConfig.model_validate(plain)

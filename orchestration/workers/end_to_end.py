@@ -1,5 +1,5 @@
-"""Trials with end-to-end training: the supernet comes from its checkpoint, the images of the gate
-split from arrays that all trials share.
+"""Trials with end-to-end training: the supernet and the images of the gate split come from arrays
+that all trials share.
 
 Calibration and scoring on the `val` table are the same as for trials on routing tables.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,8 @@ from dsnet.gates.end_to_end import GateImages, train_stage
 from dsnet.gates.fit import calibrate_heads
 from dsnet.gates.settings import EndToEndSettings
 from dsnet.network.supernet import Supernet
-from dsnet.stored.checkpoint import load_supernet
 from orchestration.workers.self_check import REPEATED
+from orchestration.workers.sent_network import SentNetwork
 from search.gate_check import Finding
 from search.gate_trial import GateTrial, arrays_of, gate_settings
 from search.study.runner import PROGRESS, CohortFunction, OneByOne, TrialSpec
@@ -70,8 +69,8 @@ class MakeEndToEndTrial:
 
     make_tables: Callable[[Mapping[str, NDArray[Any]]], GateTrial]
     """Builds table trials from the shared arrays."""
-    checkpoint: Path
-    """Stem of the trained and recalibrated supernet."""
+    network: SentNetwork
+    """The trained and recalibrated supernet, whose weights are among the shared arrays."""
     normalization: Normalization
     rules: EndToEndSettings
 
@@ -79,9 +78,9 @@ class MakeEndToEndTrial:
         """Build the trial function over the shared arrays.
 
         Raises:
-            CheckpointError: the supernet's checkpoint is damaged or missing.
+            CheckpointError: the supernet's weights are not those of the specification.
         """
-        supernet, _ = load_supernet(self.checkpoint)
+        supernet = self.network.build(arrays)
         # Copies: shared arrays are read-only, which a tensor cannot be.
         images, labels = (torch.from_numpy(np.array(arrays[name])) for name in (IMAGES, LABELS))
         data = GateImages(images, labels, self.normalization)

@@ -4,6 +4,7 @@ Train, with its curves followed while it runs."""
 from __future__ import annotations
 
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,19 +15,27 @@ from typing import Any
 
 from dsnet import errors
 from dsnet.arithmetic import fix_arithmetic
-from dsnet.data.settings import Augmentation
-from dsnet.data.training_images import InMemoryImages, TrainingImages
-from dsnet.errors import DsnetError, PreflightError, StoppedError
-from dsnet.files import atomic_write_json, read_object
+from dsnet.data.training_images import TrainingImages
+from dsnet.errors import ClusterLostError, DsnetError, PreflightError, StoppedError, StorageError
+from dsnet.files import read_object
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.storage_faults import storage_error
 from dsnet.stored.names import FINAL
 from dsnet.training.supernet_run import SupernetRun
-from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail
+from orchestration.workers.cluster_watch import check_cluster, lost_sentence
+from orchestration.workers.life import Pulse
+from orchestration.workers.nodes import Need, cluster_nodes, place_kept, refuse_without_room
+from orchestration.workers.runtime import side_thread
+from orchestration.workers.sent_images import receive_images, send_images
+from orchestration.workers.training_watch import StallRules, TrainingWatch
+from orchestration.workers.workplaces import OUTCOME, JobFiles, job_files
 
+MEETING = "ray"
+"""Folder of Ray Train in the stage's folder while it runs."""
 POLL_S = 0.3
-STOP_GRACE_S = 8.0
+STOP_GRACE_S = 4.0
 """Seconds that training may take to reach its next step boundary after it was asked to stop."""
 WORKER_RETRIES = 2
 """Number of times that lost workers are replaced; training then continues from the newest
@@ -40,9 +49,9 @@ class SupernetJob:
     subnets: SubnetSet
     run: SupernetRun
     folder: Path
-    """Folder of the stage, on storage that driver and workers share."""
+    """Folder of the stage on the driver's machine."""
     stop_file: Path
-    """A file whose existence asks the workers to stop."""
+    """A file of the driver's machine whose existence asks workers of this machine to stop."""
     device: str
     threads: int
     workers: int
@@ -50,8 +59,38 @@ class SupernetJob:
     """Whether all workers run on this machine; their group then listens on the loopback interface
     only."""
     init_from: Path | None = None
-    """The checkpoint to start from, on storage that driver and workers share; None for fresh
-    weights."""
+    """The checkpoint to start from, on the driver's machine; None for fresh weights."""
+    artifacts: str | None = None
+    """URL of a folder for the files of this training; None: `folder`. See
+    `orchestration.workers.workplaces.job_files`."""
+    data_path: str | None = None
+    """`data.path`, under which workers look for the files of a streamed training split."""
+
+    @property
+    def each(self) -> dict[str, float]:
+        """What one worker takes on its node."""
+        return training_resources(self.threads, self.device)
+
+    def files(self) -> JobFiles:
+        """The files of the training as the driver sees them."""
+        return job_files(self.folder, self.stop_file, is_local=self.is_local, artifacts=self.artifacts)
+
+
+def training_resources(threads: int, device: str) -> dict[str, float]:
+    """What one training worker takes on its node, under Ray's names."""
+    return {"CPU": float(threads), **({"GPU": 1.0} if device == "cuda" else {})}
+
+
+def training_need(workers: int, threads: int, device: str) -> Need:
+    """What the cluster must have for the workers of one training."""
+    lower = [*(["supernet.workers"] if workers > 1 else []), *(["supernet.threads"] if threads > 1 else [])]
+    more = "add nodes with a GPU" if device == "cuda" else "raise ray.num_cpus"
+    return Need(
+        what=f"supernet.workers {workers} x supernet.threads {threads}" + (" on cuda" if device == "cuda" else ""),
+        number=workers,
+        each=training_resources(threads, device),
+        remedy=f"lower {' or '.join(lower)}, or {more}" if lower else more,
+    )
 
 
 def train_on_ray(
@@ -61,6 +100,7 @@ def train_on_ray(
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
     on_counted: Callable[[list[CurvePoint]], None] = lambda points: None,
+    stalls: StallRules | None = None,
 ) -> Path:
     """Train the supernet on `job.workers` Ray workers; Ray must be initialised.
 
@@ -69,99 +109,104 @@ def train_on_ray(
 
     Args:
         job: the settings.
-        data: the training split; if it is not in memory, it is pickled for the workers.
+        data: the training split.
         on_points: called with new points of the loss curves.
         should_stop: called several times a second; True stops training at the next step.
         on_counted: called with the points that count, each once: those of steps that are not done
             again.
+        stalls: how silent workers are noticed; None = `StallRules()`.
 
     Returns:
         the stem of the recalibrated checkpoint.
 
     Raises:
         StoppedError: it was stopped; the checkpoints stay, and the next launch continues.
+        ClusterLostError: the cluster, or the controller of Ray Train, was lost.
         PreflightError: the cluster has too few CPUs or GPUs for the workers.
-        NonFiniteLossError, CheckpointError: as the training loop.
+        NonFiniteLossError, CheckpointError, StorageError: as the training loop.
         DsnetError: the workers failed for another reason.
     """
-    import ray
 
-    _check_room(job, ray.cluster_resources())
-    outcome = job.folder / "outcome.json"
-    outcome.unlink(missing_ok=True)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    config = {"job": job, **send_images(data)}
+    refuse_without_room(training_need(job.workers, job.threads, job.device), cluster_nodes())
+    files = job.files()
+    files.begin()
+    rules = stalls if stalls is not None else StallRules()
+    pulse = Pulse.new(rules.beat_s)
+    config = {
+        "job": job,
+        "pulse": pulse,
+        "place": files.place,
+        "start": send_start(job),
+        **send_images(data, job.data_path),
+    }
     failures: list[BaseException] = []
     is_abandoned = threading.Event()
     fit = partial(_fit_alone, is_abandoned=is_abandoned) if job.workers == 1 else _fit_group
-    thread = threading.Thread(target=fit, args=(config, failures), name="ray-train", daemon=True)
-    tail = CurveTail(job.folder / "curves.jsonl")
-
-    def pass_on() -> None:
-        on_points(tail.read())
-        on_counted(tail.counted())
-
+    thread = side_thread(partial(fit, config, failures), "train")
+    curves = _Curves(CurveTail(job.folder / "curves.jsonl"), on_points, on_counted)
+    watch = TrainingWatch(
+        {
+            "the training worker" if job.workers == 1 else f"training worker {rank} of {job.workers}": pulse.of_rank(
+                rank
+            )
+            for rank in range(job.workers)
+        },
+        rules,
+    )
     thread.start()
     try:
-        _follow(thread, pass_on, should_stop, job.stop_file)
+        _follow(thread, curves, should_stop, files, watch)
     finally:
+        watch.close()
         is_abandoned.set()
-        pass_on()
-        shutil.rmtree(job.folder / "ray", ignore_errors=True)
+        files.fetch(everything=True)
+        curves.pass_on()
+        shutil.rmtree(job.folder / MEETING, ignore_errors=True)
+    outcome = job.folder / OUTCOME
     if outcome.exists():
         _raise_outcome(read_object(outcome))
     if should_stop():
         raise StoppedError("training was stopped; its checkpoints are kept")
+    if failures and isinstance(failures[0], DsnetError):
+        raise failures[0]
     if failures:
+        fault = storage_error(failures[0])
+        if fault is not None:
+            raise fault from failures[0]
+        check_cluster()
+        if _is_controller_lost(failures[0]):
+            raise ClusterLostError(lost_sentence("the controller of Ray Train has ended")) from failures[0]
         workers = "worker" if job.workers == 1 else "workers"
         raise DsnetError(f"the training {workers} failed: {root_cause(failures[0])}") from failures[0]
     return job.folder / FINAL
 
 
-def send_images(data: TrainingImages) -> dict[str, Any]:
-    """Convert the training split to a form that Ray can send to workers; `receive_images` reverses
-    it."""
+def send_start(job: SupernetJob) -> Any:
+    """The start weights of a job in the object store; None for fresh weights.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or missing.
+    """
     import ray
 
-    if not isinstance(data, InMemoryImages):
-        return {"data": data}
-    # numpy arrays are shared through the object store without a copy; tensors are not.
-    return {"images": ray.put(data.images.numpy()), "labels": ray.put(data.labels.numpy())}
+    from dsnet.training.start import load_start
+
+    return None if job.init_from is None else ray.put(load_start(job.init_from))
 
 
-def receive_images(sent: Mapping[str, Any], augmentation: Augmentation) -> TrainingImages:
-    """The training split on a worker; images in memory are augmented by `augmentation`."""
+def first_supernet(job: SupernetJob, start: Any) -> Supernet:
+    """The network that a job's training starts from.
+
+    Args:
+        job: the training.
+        start: from `send_start`.
+    """
     import ray
-    import torch
 
-    if "data" in sent:
-        streamed: TrainingImages = sent["data"]
-        return streamed
-    images, labels = (torch.from_numpy(ray.get(sent[name]).copy()) for name in ("images", "labels"))
-    return InMemoryImages(images, labels, augmentation)
+    from dsnet.training.start import first_weights
 
-
-def first_supernet(job: SupernetJob) -> Supernet:
-    """The network that a job's training starts from."""
-    from dsnet.training.start import first_weights, load_start
-
-    start = None if job.init_from is None else load_start(job.init_from)
-    supernet, _ = first_weights(job.subnets, job.run.seed, start)
+    supernet, _ = first_weights(job.subnets, job.run.seed, None if start is None else ray.get(start))
     return supernet
-
-
-def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
-    """Raise PreflightError if the cluster can never place the workers; Ray would wait forever."""
-    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    if job.workers * job.threads > num_cpus:
-        raise PreflightError(
-            f"supernet.workers {job.workers} x supernet.threads {job.threads} need {job.workers * job.threads} CPUs, "
-            f"but the Ray cluster has {num_cpus}; lower them, or raise ray.num_cpus"
-        )
-    if job.device == "cuda" and job.workers > num_gpus:
-        raise PreflightError(
-            f"supernet.workers is {job.workers} on cuda, but the Ray cluster has {plural(num_gpus, 'GPU')}; lower supernet.workers"
-        )
 
 
 def _fit_alone(config: dict[str, Any], failures: list[BaseException], is_abandoned: threading.Event) -> None:
@@ -176,9 +221,16 @@ def _fit_alone(config: dict[str, Any], failures: list[BaseException], is_abandon
     task = ray.remote(num_cpus=job.threads, num_gpus=int(job.device == "cuda"), max_retries=0)(_train_loop)
     for attempt in range(WORKER_RETRIES + 1):
         try:
-            ray.get(task.remote(config))
+            with place_kept(job.each, "the training worker") as place:
+                ray.get(task.options(scheduling_strategy=place).remote(config))
+        except DsnetError as error:  # would occur again
+            found = getattr(error, "cause", error)
+            failures.append(
+                ClusterLostError(str(found)) if attempt > 0 and isinstance(found, PreflightError) else found
+            )
+            return
         except Exception as error:  # noqa: BLE001 - reported by the main thread, whatever it is
-            if attempt == WORKER_RETRIES or is_abandoned.is_set():
+            if attempt == WORKER_RETRIES or is_abandoned.is_set() or storage_error(error) is not None:
                 failures.append(error)
                 return
         else:
@@ -194,7 +246,8 @@ def _fit_group(config: dict[str, Any], failures: list[BaseException]) -> None:
     from orchestration.workers.loopback_group import LoopbackConfig
 
     job: SupernetJob = config["job"]
-    meeting = job.folder / "ray"
+    # Every process of Ray Train writes a marker there, on its own machine; nothing is read.
+    meeting = job.folder / MEETING if job.is_local else Path(tempfile.gettempdir()) / "dsnet-ray-train"
     meeting.mkdir(parents=True, exist_ok=True)
     failure_limits: dict[str, Any] = {"max_failures": WORKER_RETRIES, "controller_failure_limit": WORKER_RETRIES}
     trainer = TorchTrainer(
@@ -216,18 +269,42 @@ def _fit_group(config: dict[str, Any], failures: list[BaseException]) -> None:
         failures.append(error)
 
 
+@dataclass(frozen=True)
+class _Curves:
+    """Passes the points of a growing curve on."""
+
+    tail: CurveTail
+    on_points: Callable[[list[CurvePoint]], None]
+    on_counted: Callable[[list[CurvePoint]], None]
+
+    def pass_on(self) -> bool:
+        """Pass new points on; returns whether there were any."""
+        points = self.tail.read()
+        self.on_points(points)
+        self.on_counted(self.tail.counted())
+        return bool(points)
+
+
 def _follow(
     thread: threading.Thread,
-    pass_on: Callable[[], None],
+    curves: _Curves,
     should_stop: Callable[[], bool],
-    stop_file: Path,
+    files: JobFiles,
+    watch: TrainingWatch,
 ) -> None:
     asked_at: float | None = None
+    last_s = time.monotonic()
     while thread.is_alive():
         thread.join(POLL_S)
-        pass_on()
+        files.fetch()
+        if curves.pass_on():
+            watch.took(time.monotonic() - last_s)
+            last_s = time.monotonic()
+        if not (asked_at is not None or should_stop()):
+            check_cluster()
+            watch.look()
         if asked_at is None and should_stop():
-            stop_file.touch()
+            files.ask_to_stop()
             asked_at = time.monotonic()
         if asked_at is not None and time.monotonic() - asked_at > STOP_GRACE_S:
             return
@@ -243,26 +320,38 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     from dsnet.training.workers import DistributedWorkers, SingleWorker
 
     job: SupernetJob = config["job"]
-    outcome = job.folder / "outcome.json"
-    if outcome.exists():
-        return  # an earlier attempt of this launch failed with an error that would occur again
     torch.set_num_threads(job.threads)
     workers = SingleWorker() if job.workers == 1 else DistributedWorkers()
-    try:
-        train_supernet(
-            first_supernet(job),
-            receive_images(config, job.run.augmentation),
-            job.run,
-            folder=job.folder,
-            device=job.device,
-            workers=workers,
-            callbacks=TrainingCallbacks(should_stop=job.stop_file.exists),
-        )
-    except DsnetError as error:
-        record = {"error": type(error).__name__, "message": str(error), "rank": workers.rank}
-        atomic_write_json(outcome, record)
-        if job.workers > 1:
-            raise  # the others wait in an all-reduce; the group must end
+    with config["place"].opened(is_writer=workers.rank == 0) as place:
+        outcome = place.folder / OUTCOME
+        if outcome.exists():
+            return  # an earlier attempt of this launch failed with an error that would occur again
+        try:
+            pulse: Pulse = config["pulse"]
+            with pulse.of_rank(workers.rank).beating(at_once=True):
+                train_supernet(
+                    first_supernet(job, config["start"]),
+                    receive_images(config, job.run.augmentation),
+                    job.run,
+                    folder=place.folder,
+                    device=job.device,
+                    workers=workers,
+                    callbacks=TrainingCallbacks(should_stop=place.should_stop),
+                )
+        except StorageError:
+            raise  # where it could be recorded, nothing can be written
+        except DsnetError as error:
+            place.record({"error": type(error).__name__, "message": str(error), "rank": workers.rank})
+            if job.workers > 1:
+                raise  # the others wait in an all-reduce; the group must end
+
+
+def _is_controller_lost(error: BaseException) -> bool:
+    """Whether the actor of Ray Train that directs the workers has ended. Lost workers come as
+    errors of Ray Train."""
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError)
 
 
 def _raise_outcome(record: Mapping[str, Any]) -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dsnet.errors import CheckpointError
-from dsnet.files import parse_json, sealed, unsealed
+from dsnet.files import append_bytes, parse_json, sealed, unsealed, writing
 
 FateState = Literal["trained", "stopped", "failed"]
 _STATES = ("trained", "stopped", "failed")
@@ -57,6 +56,9 @@ class MemberFate:
     """Why it was stopped, or failed."""
 
 
+LEDGER_FILE = "reports.jsonl"
+
+
 @dataclass(frozen=True)
 class Report:
     """A reported value and the scheduler's decision on it."""
@@ -92,7 +94,7 @@ class Ledger:
     @classmethod
     def of(cls, folder: Path, rules: TuneRules) -> Ledger:
         """The ledger of these rules; other rules have their own beside it."""
-        return cls(folder / rules.digest() / "reports.jsonl")
+        return cls(folder / rules.digest() / LEDGER_FILE)
 
     def events(self) -> Iterator[Report | End]:
         """All events, oldest first."""
@@ -111,18 +113,12 @@ class Ledger:
         """Store an event; it is on the disk when this returns.
 
         Raises:
-            CheckpointError: the disk is full, or the folder cannot be written.
+            StorageError: the disk is full, or the folder cannot be written.
         """
         line = (json.dumps(sealed({"event": type(event).__name__.lower(), **vars(event)})) + "\n").encode()
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                file.truncate(self._num_whole_bytes)  # a kill, or a full disk, may have torn the last line
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}; make room and launch again") from error
+        append_bytes(self.path, line, after=self._num_whole_bytes)  # a kill may have torn the last line
         self._num_whole_bytes += len(line)
         self._events.append(event)
 

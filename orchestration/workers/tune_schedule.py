@@ -156,6 +156,11 @@ class ReplayingScheduler(TrialScheduler):
         """Whether no trial runs."""
         return all(trial.status != Trial.RUNNING for trial in self._started)
 
+    def is_running(self, name: str) -> bool:
+        """Whether the trial of a member runs now; may be called by another thread."""
+        trial = self._trials.get(name)
+        return trial is not None and trial.status == Trial.RUNNING
+
     # The interface of a scheduler.
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:

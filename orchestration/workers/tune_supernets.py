@@ -19,10 +19,12 @@ from __future__ import annotations
 import copy
 import queue
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,32 +34,46 @@ from torch import Tensor
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import TrainingImages
-from dsnet.errors import ConfigError, DsnetError, NonFiniteLossError, PreflightError, StoppedError
-from dsnet.files import atomic_write_json, read_stored
+from dsnet.errors import ClusterLostError, ConfigError, DsnetError, NonFiniteLossError, StoppedError, StorageError
+from dsnet.files import read_stored
 from dsnet.measure.evaluate import EVALUATION_BATCH
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.precision import exact_float32
 from dsnet.network.prefix_tree import each_logits
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
+from dsnet.storage_faults import storage_error
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.stored.names import FINAL
 from dsnet.training.supernet import TrainingCallbacks, recalibration_batches, train_supernet
 from dsnet.training.supernet_run import SupernetRun
-from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail
-from orchestration.workers.runtime import variables_set
+from orchestration.workers.cluster_watch import check_cluster
+from orchestration.workers.file_stores import DriverStore
+from orchestration.workers.life import Pulse
+from orchestration.workers.nodes import (
+    PLACE_TIMEOUT_S,
+    Need,
+    cluster_nodes,
+    no_place,
+    refuse_without_room,
+    room,
+)
+from orchestration.workers.runtime import side_thread, variables_set
+from orchestration.workers.sent_images import receive_images, send_images
 from orchestration.workers.supernet import (
     POLL_S,
     STOP_GRACE_S,
     WORKER_RETRIES,
     SupernetJob,
     first_supernet,
-    receive_images,
     root_cause,
-    send_images,
+    send_start,
+    training_resources,
 )
-from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules, known_fates
+from orchestration.workers.training_watch import StallRules, TrainingWatch
+from orchestration.workers.tune_ledger import LEDGER_FILE, End, Ledger, MemberFate, Report, TuneRules, known_fates
+from orchestration.workers.workplaces import OUTCOME, Place, Workplace
 from search.front.pareto import DEFAULT_OBJECTIVES, REFERENCE_MARGIN, hypervolume
 
 if TYPE_CHECKING:
@@ -67,7 +83,10 @@ from orchestration.workers.schedulers import make_scheduler
 CALIBRATION_IMAGES = 512
 """Number of training images from which statistics are estimated if a norm keeps none while it
 trains."""
-OUTCOME = "outcome.json"
+LOOK_S = 5.0
+"""Seconds between two looks at the nodes."""
+IDLE_TIMEOUT_S = 2 * PLACE_TIMEOUT_S
+"""Seconds without a supernet that trains, after which others must be using the nodes."""
 _LASTING = (NonFiniteLossError, ConfigError)
 """Errors of a member itself, which would occur again in a later launch."""
 _ENVIRONMENT = {
@@ -184,6 +203,8 @@ class SweepCallbacks:
     """Called with a member's outcome as soon as its training has ended in this call."""
     should_stop: Callable[[], bool] = lambda: False
     """Called several times a second; True stops all training at the next step."""
+    stalls: StallRules = field(default_factory=StallRules)
+    """How silent workers are noticed, and told by the name of their member."""
 
 
 def train_members(
@@ -208,8 +229,8 @@ def train_members(
         rules: rules by which they are scheduled.
         data: the training split, of all members; each augments as its own settings say.
         val: the split on which they are compared.
-        folder: on storage that driver and workers share; the ledger of these rules lies in `<digest
-            of the rules>/reports.jsonl`.
+        folder: on the driver's machine; the ledger of these rules lies in `<digest of the
+            rules>/reports.jsonl`.
         callbacks: functions that receive its progress and may stop it.
 
     Returns:
@@ -219,9 +240,11 @@ def train_members(
 
     Raises:
         StoppedError: it was stopped; the next call continues.
+        ClusterLostError: the cluster was lost.
         PreflightError: the cluster has too few CPUs or GPUs.
         ConfigError: the scheduler cannot be made, or several workers were asked for.
         CheckpointError: the ledger cannot be read or written.
+        StorageError: a disk is full, read-only or failing, or a folder is gone.
         DsnetError: Tune itself failed.
     """
     import ray
@@ -230,11 +253,17 @@ def train_members(
     known = _known(members, ledger)
     pending = [member for member in members if member.name not in known]
     if pending:
-        _check_members(members, rules, ray.cluster_resources())
+        _check_members(members)
+        jobs = [member.job for member in members]
+        threads, device = (
+            max(job.threads for job in jobs),
+            "cuda" if any(job.device == "cuda" for job in jobs) else "cpu",
+        )
+        refuse_without_room(members_need(min(rules.concurrent, len(members)), threads, device), cluster_nodes())
         tune_run = _TuneRun(members, pending, rules, ledger, callbacks)
         tune_run.run(
             {
-                "train": send_images(data),
+                "train": send_images(data, members[0].job.data_path),
                 "val": {name: ray.put(getattr(val, name).numpy()) for name in ("images", "labels")},
             }
         )
@@ -242,24 +271,25 @@ def train_members(
     return [known[member.name] for member in members]
 
 
-def _check_members(members: Sequence[TuneMember], rules: TuneRules, resources: Mapping[str, float]) -> None:
+def members_need(at_a_time: int, threads: int, device: str) -> Need:
+    """What the cluster must have for the supernets that train at the same time."""
+    lower = [*(["supernets.concurrent"] if at_a_time > 1 else []), *(["supernet.threads"] if threads > 1 else [])]
+    more = "add nodes with a GPU" if device == "cuda" else "raise ray.num_cpus"
+    return Need(
+        what=f"supernets.concurrent {at_a_time} x supernet.threads {threads}"
+        + (" on cuda" if device == "cuda" else ""),
+        number=at_a_time,
+        each=training_resources(threads, device),
+        remedy=f"lower {' or '.join(lower)}, or {more}" if lower else more,
+    )
+
+
+def _check_members(members: Sequence[TuneMember]) -> None:
     names, keys = [member.name for member in members], [member.key for member in members]
     assert len(set(names)) == len(set(keys)) == len(members), "each supernet is trained once"
     if any(member.job.workers != 1 for member in members):
         raise ConfigError(
             "supernet.workers must be 1 in a sweep of supernets; to train several at a time, set supernets.concurrent"
-        )
-    threads, num_cpus = max(member.job.threads for member in members), int(resources.get("CPU", 0))
-    at_a_time = min(rules.concurrent, len(members))
-    if at_a_time * threads > num_cpus:
-        raise PreflightError(
-            f"{at_a_time} supernets at a time (supernets.concurrent) x supernet.threads {threads} need {at_a_time * threads} CPUs, "
-            f"but the Ray cluster has {num_cpus}; lower them, or raise ray.num_cpus"
-        )
-    num_gpus = int(resources.get("GPU", 0))
-    if any(member.job.device == "cuda" for member in members) and at_a_time > num_gpus:
-        raise PreflightError(
-            f"supernets.concurrent is {at_a_time} on cuda, but the Ray cluster has {plural(num_gpus, 'GPU')}; lower supernets.concurrent"
         )
 
 
@@ -282,8 +312,15 @@ class _TuneRun:
         self._heard: queue.SimpleQueue[tuple[str, Report | End]] = queue.SimpleQueue()
         self._tails = {member.name: CurveTail(member.job.folder / "curves.jsonl") for member in pending}
         self._stop_files = {member.job.stop_file for member in pending}
+        self._files = {member.name: member.job.files() for member in pending}
+        self._each = training_resources(
+            max(member.job.threads for member in pending),
+            "cuda" if any(member.job.device == "cuda" for member in pending) else "cpu",
+        )
         self._tune_folder = ledger.path.parent / "tune"
         self._asked_to_stop = threading.Event()
+        self._fault: StorageError | None = None
+        self._pulses = {member.name: Pulse.new(callbacks.stalls.beat_s) for member in pending}
         self.fates: dict[str, MemberFate] = {}
 
     def run(self, images: Mapping[str, Any]) -> None:
@@ -293,30 +330,33 @@ class _TuneRun:
             StoppedError: it was stopped before.
         """
         scheduler = self._scheduler()
-        for member in self._pending.values():
-            member.job.folder.mkdir(parents=True, exist_ok=True)
-            (member.job.folder / OUTCOME).unlink(missing_ok=True)
+        for files in self._files.values():
+            files.begin()
         shutil.rmtree(self._tune_folder, ignore_errors=True)
         self._tune_folder.mkdir(parents=True)
         failures: list[BaseException] = []
         # Not in the main thread: there Tune would replace our handler of Ctrl-C by its own.
-        thread = threading.Thread(target=self._tune, args=(scheduler, images, failures), name="ray-tune", daemon=True)
+        thread = side_thread(partial(self._tune, scheduler, images, failures), "tune")
+        watch = TrainingWatch(self._pulses, self._callbacks.stalls)
         with variables_set(_ENVIRONMENT):
             thread.start()
             try:
-                self._follow(thread)
+                self._follow(thread, scheduler, lambda: watch.look(scheduler.is_running))
             finally:
+                watch.close()
                 self._pass_on()
                 if not thread.is_alive():
                     shutil.rmtree(self._tune_folder, ignore_errors=True)
         missing = [name for name in self._pending if name not in self.fates]
         if missing and self._is_stopping():
             raise StoppedError("training of the supernets was stopped; checkpoints and reports are kept")
+        if self._fault is not None:
+            raise self._fault
         if failures:
-            if isinstance(failures[0], DsnetError):
-                raise failures[0]
-            raise DsnetError(f"Ray Tune failed: {root_cause(failures[0])}") from failures[0]
+            check_cluster()
+            raise _tune_error(failures[0]) from failures[0]
         if missing:
+            check_cluster()
             raise DsnetError(f"Ray Tune ended without a result for {', '.join(missing)}; launch again")
 
     def _scheduler(self) -> Any:
@@ -333,9 +373,13 @@ class _TuneRun:
             self._ledger,
             self._rules,
             is_stopping=self._is_stopping,
-            outcome_of=lambda name: _outcome_of(self._pending[name].job),
+            outcome_of=self._outcome_of,
             hear=lambda name, event: self._heard.put((name, event)),
         )
+
+    def _outcome_of(self, name: str) -> Outcome | None:
+        self._files[name].fetch(everything=True)
+        return _outcome_of(self._pending[name].job)
 
     def _is_stopping(self) -> bool:
         return self._asked_to_stop.is_set() or any(path.exists() for path in self._stop_files)
@@ -346,27 +390,28 @@ class _TuneRun:
 
         from orchestration.workers.tune_schedule import MEMBER, FixedList, LossWatch, WhenIdle
 
-        jobs = {name: member.job for name, member in self._pending.items()}
-        keys = {name: member.key for name, member in self._pending.items()}
-        threads = max(job.threads for job in jobs.values())
-        is_on_gpu = any(job.device == "cuda" for job in jobs.values())
+        is_local = all(member.job.is_local for member in self._pending.values())
+        ledger = self._ledger.path if is_local else DriverStore.start(self._ledger.path.parent)
+        works = {
+            name: MemberWork(member.job, member.key, self._files[name].place, send_start(member.job), ledger)
+            for name, member in self._pending.items()
+        }
         try:
             tune.run(
                 tune.with_parameters(
                     _train_member,
-                    jobs=jobs,
-                    keys=keys,
+                    works=works,
                     images=dict(images),
-                    ledger_path=self._ledger.path,
                     report_every=self._rules.report_every,
+                    pulses=self._pulses,
                 ),
                 name="supernets",
                 config={MEMBER: tune.grid_search([member.name for member in self._members])},
                 search_alg=FixedList(scheduler),
                 scheduler=scheduler,
                 stop=WhenIdle(scheduler),
-                callbacks=[LossWatch(scheduler, _describe_failure)],
-                resources_per_trial={"cpu": threads, "gpu": 1 if is_on_gpu else 0},
+                callbacks=[LossWatch(scheduler, self._describe_failure)],
+                resources_per_trial={"cpu": self._each["CPU"], "gpu": self._each.get("GPU", 0)},
                 storage_path=str(self._tune_folder.absolute()),
                 max_failures=WORKER_RETRIES,
                 reuse_actors=True,  # a new process for each supernet would take seconds longer to start
@@ -377,15 +422,31 @@ class _TuneRun:
         except Exception as error:  # noqa: BLE001 - reported by the caller's thread, whatever it is
             failures.append(error)
 
-    def _follow(self, thread: threading.Thread) -> None:
+    def _describe_failure(self, trial: Any) -> str:
+        error = trial.get_pickled_error() or trial.get_error()
+        if error is not None and self._fault is None:
+            self._fault = storage_error(error)
+        why = f": {root_cause(error)}" if error is not None else ""
+        return f"its worker failed {WORKER_RETRIES + 1} times{why}"
+
+    def _follow(self, thread: threading.Thread, scheduler: Any, look: Callable[[], None]) -> None:
         asked_at: float | None = None
+        places = _PlaceWatch(self._each)
         while thread.is_alive():
             thread.join(POLL_S)
+            for files in self._files.values():
+                files.fetch()
             self._pass_on()
+            if not self._is_stopping():
+                check_cluster()
+                look()
+                places.look(is_idle=scheduler.is_idle)
             if asked_at is None and self._callbacks.should_stop():
                 self._asked_to_stop.set()
                 for path in self._stop_files:
                     path.touch()
+                for files in self._files.values():
+                    files.ask_to_stop()
                 asked_at = time.monotonic()
             if asked_at is not None and time.monotonic() - asked_at > STOP_GRACE_S:
                 return
@@ -409,10 +470,40 @@ class _TuneRun:
                 self._callbacks.on_fate(self.fates[name])
 
 
-def _describe_failure(trial: Any) -> str:
-    error = trial.get_pickled_error() or trial.get_error()
-    why = f": {root_cause(error)}" if error is not None else ""
-    return f"its worker failed {WORKER_RETRIES + 1} times{why}"
+def _tune_error(failure: BaseException) -> DsnetError:
+    """The failure of Ray Tune itself as an error of ours."""
+    if (fault := storage_error(failure)) is not None:
+        return fault
+    return failure if isinstance(failure, DsnetError) else DsnetError(f"Ray Tune failed: {root_cause(failure)}")
+
+
+class _PlaceWatch:
+    """Notices that no supernet can train any more: Ray Tune would wait for ever for a place."""
+
+    def __init__(self, each: Mapping[str, float]) -> None:
+        self._each = each
+        self._looked_s = self._had_place_s = self._was_busy_s = time.monotonic()
+
+    def look(self, *, is_idle: bool) -> None:
+        """Look at the nodes, at most every `LOOK_S` seconds.
+
+        Args:
+            is_idle: whether no supernet trains at present.
+
+        Raises:
+            ClusterLostError: no node has had room for one, or none has trained, for too long.
+        """
+        now_s = time.monotonic()
+        if not is_idle:
+            self._was_busy_s = now_s
+        if now_s - self._looked_s < LOOK_S:
+            return
+        self._looked_s = now_s
+        if room(cluster_nodes(), self._each) > 0:
+            self._had_place_s = now_s
+        for since_s, patience_s in ((self._had_place_s, PLACE_TIMEOUT_S), (self._was_busy_s, IDLE_TIMEOUT_S)):
+            if now_s - since_s > patience_s:
+                raise ClusterLostError(no_place(self._each, "the training of supernets", patience_s))
 
 
 def _outcome_of(job: SupernetJob) -> Outcome | None:
@@ -427,55 +518,82 @@ def _outcome_of(job: SupernetJob) -> Outcome | None:
     return None
 
 
+@dataclass(frozen=True)
+class MemberWork:
+    """What the worker of a supernet needs; it can be pickled."""
+
+    job: SupernetJob
+    key: str
+    place: Workplace
+    start: Any
+    """From `send_start`."""
+    ledger: Path | DriverStore
+    """The ledger's file, or a store with it."""
+
+    def told(self) -> dict[int, float]:
+        """Epoch -> value of the reports that are stored by now."""
+        if isinstance(self.ledger, Path):
+            return dict(Ledger(self.ledger).reports(self.key))
+        with tempfile.TemporaryDirectory() as folder:
+            copied = Path(folder) / LEDGER_FILE
+            copied.write_bytes(self.ledger.read(LEDGER_FILE) or b"")
+            return dict(Ledger(copied).reports(self.key))
+
+
 def _train_member(
     config: Mapping[str, Any],
-    jobs: Mapping[str, SupernetJob],
-    keys: Mapping[str, str],
+    works: Mapping[str, MemberWork],
     images: Mapping[str, Any],
-    ledger_path: Path,
     report_every: int,
+    pulses: Mapping[str, Pulse],
 ) -> None:
     """The function of a trial: trains one supernet, from its checkpoint if it has one. Errors are
     recorded, not raised, because Tune would start it again."""
     fix_arithmetic()
     name = config["member"]
-    job = jobs[name]
-    if (job.folder / OUTCOME).exists():
-        return  # an earlier attempt of this launch failed with an error that would occur again
-    torch.set_num_threads(job.threads)
-    try:
-        # Read anew by every attempt: values reported before this worker started are not repeated.
-        told = dict(Ledger(ledger_path).reports(keys[name]))
-        _train_and_report(job, images, told, report_every)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other members continue
-        message = str(error) if isinstance(error, DsnetError) else root_cause(error)
-        record = {"error": type(error).__name__, "message": message, "is_lasting": isinstance(error, _LASTING)}
-        atomic_write_json(job.folder / OUTCOME, record)
+    work = works[name]
+    with work.place.opened() as place:
+        if (place.folder / OUTCOME).exists():
+            return  # an earlier attempt of this launch failed with an error that would occur again
+        torch.set_num_threads(work.job.threads)
+        try:
+            # Read anew by every attempt: values reported before this worker are not repeated.
+            told = work.told()
+            with pulses[name].beating(at_once=True):
+                _train_and_report(work, place, images, told, report_every)
+        except Exception as error:  # whatever it is, the other members continue
+            if (fault := storage_error(error)) is not None:
+                raise fault from error  # nothing could be recorded, and the other members meet it too
+            message = str(error) if isinstance(error, DsnetError) else root_cause(error)
+            place.record({"error": type(error).__name__, "message": message, "is_lasting": isinstance(error, _LASTING)})
 
 
 def _train_and_report(
-    job: SupernetJob, images: Mapping[str, Any], told: Mapping[int, float], report_every: int
+    work: MemberWork, place: Place, images: Mapping[str, Any], told: Mapping[int, float], report_every: int
 ) -> None:
     import ray
 
+    job = work.job
     data = receive_images(images["train"], job.run.augmentation)
     val = ValImages(*(torch.from_numpy(ray.get(images["val"][part]).copy()) for part in ("images", "labels")))
 
     def on_epoch(epochs: int, supernet: Supernet) -> None:
         if epochs % report_every == 0 and epochs not in told:
+            place.send()
             _report(epochs, static_hypervolume(measurable(supernet, job.run, data), val, job.run.normalization))
 
     stem = train_supernet(
-        first_supernet(job),
+        first_supernet(job, work.start),
         data,
         job.run,
-        folder=job.folder,
+        folder=place.folder,
         device=job.device,
-        callbacks=TrainingCallbacks(should_stop=job.stop_file.exists, on_epoch=on_epoch),
+        callbacks=TrainingCallbacks(should_stop=place.should_stop, on_epoch=on_epoch),
     )
     if stem is not None and job.run.train.epochs not in told:
         supernet, _ = load_supernet(stem)
         value = static_hypervolume(supernet.to(job.device), val, job.run.normalization)
+        place.send()
         _report(job.run.train.epochs, value)
 
 

@@ -42,12 +42,12 @@ def save_points(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
         ValueError: a row does not follow the schema; nothing is written.
-        CheckpointError: the file cannot be written.
+        StorageError: it cannot be written; an older file stays unchanged.
     """
     validate_points(rows)
     table = _arrow_table(rows).replace_schema_metadata({_SCHEMA_KEY: _SCHEMA_VERSION})
-    with replacing(Path(path)) as draft, draft.open("wb") as file:
-        pq.write_table(table, file)
+    with replacing(Path(path)) as temporary:
+        pq.write_table(table, temporary)
 
 
 def load_points(path: str | Path) -> list[PointRow]:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsnet.errors import CheckpointError
-from dsnet.files import atomic_write_bytes, damaged_name, known_sha256, replacing
+from dsnet.files import append_bytes, atomic_write_bytes, damaged_name, known_sha256, reading, replacing
 
 CREATE_TRIAL = 4
 """Optuna's number of the operation that adds a trial, `op_code` in a line of a journal."""
@@ -165,18 +164,15 @@ class ChainWriter:
         returns.
 
         Raises:
-            OSError: it cannot be written.
+            StorageError: it cannot be written.
         """
-        with open(self._journal, "rb") as file:
+        with reading(self._journal), open(self._journal, "rb") as file:
             file.seek(self._offset)
             lines = _whole_lines(file.read())
         if not lines:
             return
         hashes = running_hashes(lines, self._last)
-        with open(chain_path(self._journal), "ab") as file:
-            file.write(_chain_text(hashes, self._num_lines))
-            file.flush()
-            os.fsync(file.fileno())
+        append_bytes(chain_path(self._journal), _chain_text(hashes, self._num_lines))
         self._num_lines += len(lines)
         self._last = hashes[-1]
         self._offset += sum(map(len, lines))
@@ -201,12 +197,10 @@ def _damaged(state: JournalState, damage: str) -> JournalState:
 
 
 def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return b""
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    with reading(path):
+        return path.read_bytes()
 
 
 def _whole_lines(content: bytes) -> list[bytes]:

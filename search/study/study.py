@@ -24,7 +24,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, NotFoundError
+from dsnet.files import writing
 from search.study.halving import ParetoHalving
 from search.study.journal_chain import MARK, ChainWriter, chain_path, checked_lines
 from search.study.journal_reader import JournalTrial, read_lines
@@ -217,10 +218,10 @@ class StudyJournal:
             ConfigError: the existing study was made with other settings.
             CheckpointError: the file is not a journal of ours, or records of it are missing or were
                 changed.
-            PreflightError: it cannot be written.
+            StorageError: it cannot be written.
         """
         checked_lines(path)
-        with _writing(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             repair_journal(path)
             with _reading(path):
@@ -246,7 +247,7 @@ class StudyJournal:
 
         Raises:
             ValueError: the record's number or slot is not the next one.
-            PreflightError: it cannot be written; nothing of the trial is kept, and the next `open`
+            StorageError: it cannot be written; nothing of the trial is kept, and the next `open`
                 repairs the file.
         """
         number = self._num_trials
@@ -295,7 +296,7 @@ class StudyJournal:
     @contextmanager
     def _recording(self) -> Iterator[None]:
         """Context manager for writing a record of the journal and, at its end, of the chain."""
-        with _writing(self._path):
+        with writing(self._path):
             yield
             self._chain.catch_up()
 
@@ -555,16 +556,4 @@ def _reading(path: Path) -> Iterator[None]:
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not a readable Optuna journal ({error}); restore it, or move it away to start anew"
-        ) from error
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Context manager that turns an OSError into a PreflightError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PreflightError(
-            f"cannot write {path}: {reason}. Correct that and launch again: finished trials are kept"
         ) from error

@@ -38,6 +38,8 @@ BASE = "version: 1\nname: base\ndata: {name: digits}\nsupernet: {model: ds_tiny}
 block has itself."""
 MAKES = ("--resolved", "--out", "--figure", "--routers-figure", "--speed-figure", "--export-kit")
 """Options whose value is a file or folder that the command writes."""
+ON_A_CLUSTER = ("ray", "kubectl", "docker")
+"""Programs that start a cluster of several machines."""
 WRITTEN_SCRIPTS = {"kit/time_kit.py": "dsnet/measure/time_kit.py"}
 """Scripts that a command writes -> the files that it copies."""
 
@@ -59,6 +61,19 @@ def problem_of(words: list[str]) -> str | None:
             return next((f"no extra {name}" for name in extras if f'"{name}": [' not in setup), None)
         case ["source", ".venv/bin/activate"] | ["optuna-dashboard", _]:
             return None
+    return problem_on_a_cluster(words)
+
+
+def problem_on_a_cluster(words: list[str]) -> str | None:
+    match words:
+        case ["ray", name, *arguments]:
+            return problem_of_ray(name, arguments)
+        case ["kubectl", "apply", "-f", path] | ["docker", "build", "--file", path, *_]:
+            return None if (REPOSITORY / path).is_file() else f"no file {path}"
+        case ["export", assignment]:
+            return None if re.fullmatch(r"[A-Z_]+=\S+", assignment) else "no assignment"
+        case ["kubectl", "create", "configmap", *_]:
+            return None
     return "no rule says how this is checked"
 
 
@@ -74,6 +89,23 @@ def problem_of_ours(name: str, arguments: list[str]) -> str | None:
     ]
     try:
         command.make_context(name, [word for word in given if word != "..."])
+    except click.exceptions.Exit:
+        return None
+    except click.ClickException as error:
+        return error.format_message()
+    return None
+
+
+def problem_of_ray(name: str, arguments: list[str]) -> str | None:
+    from ray.scripts.scripts import cli as ray_cli
+
+    command = ray_cli.commands.get(name)
+    if command is None:
+        return f"Ray has no command {name}"
+    if not arguments:
+        return None
+    try:
+        command.make_context(name, list(arguments))
     except click.exceptions.Exit:
         return None
     except click.ClickException as error:
@@ -131,6 +163,8 @@ def written(words: list[str]) -> set[str]:
 def missing_files(words: list[str], made: set[str]) -> list[str]:
     """Files that a command reads and that neither the repository holds nor an earlier command has
     made."""
+    if words[0] in ON_A_CLUSTER:
+        return []  # their files are looked up where their options are checked
     outputs = written(words)
     paths = [word.partition("=")[2] or word for word in words[1:] if not word.startswith(("-", "~", "http", "."))]
     named = [path for path in paths if re.search(r"\.(yaml|json|txt|html|tar|journal)$|/|trained$", path)]

@@ -126,6 +126,11 @@ RULES = (
     Rule(
         "dsnet-orch launch examples/cifar10.yaml", only_validated, "it takes 60,000 images, and minutes, hours or a GPU"
     ),
+    Rule("ray ", not_here, "the suite has no machines; the quick tests check the options against Ray's own program"),
+    Rule("export RAY_AUTH_MODE", not_here, "it is for the cluster that is not started"),
+    Rule("dsnet-orch launch examples/digits.yaml --set ray.address", only_validated, "it needs that cluster"),
+    Rule("docker ", not_here, "the suite has no container engine"),
+    Rule("kubectl ", not_here, "the suite has no Kubernetes"),
     Rule("python -m dsnet.training", repeated, "its comment says so"),
 )
 

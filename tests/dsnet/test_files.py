@@ -132,7 +132,7 @@ def test_a_hash_is_computed_again_when_the_file_has_changed(tmp_path: Path) -> N
     path.write_bytes(b"other")
     os.utime(path, ns=(1, 1))
     assert known_sha256(path) == file_sha256(path) != first
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is missing"):
         known_sha256(tmp_path / "nothing")
 
 

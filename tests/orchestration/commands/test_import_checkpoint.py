@@ -109,10 +109,22 @@ def test_as_many_classes_as_the_classifier_has_need_not_be_told(tmp_path: Path, 
         (("--name", "two words"), 2, "name: 'two words' is not a valid name"),
         (("--data", "$NOT_SET_ANYWHERE/images"), 2, "the environment variable NOT_SET_ANYWHERE is not set"),
         (("--classes", "0"), 2, "--classes"),
-        (("--out", "model_best.pth.tar"), 3, "--out model_best.pth.tar: cannot be used (it is a file); choose another"),
-        (("--out", "model_best.pth.tar/in"), 3, "cannot be used (Not a directory); choose another"),
+        (
+            ("--out", "model_best.pth.tar"),
+            3,
+            "cannot write model_best.pth.tar: a part of its path is not a folder (it is a file)",
+        ),
+        (
+            ("--out", "model_best.pth.tar/in"),
+            3,
+            "a part of its path is not a folder (Not a directory). Use another folder",
+        ),
         (("--out", f"{'long' * 100}"), 2, "name: 'long"),
-        (("--name", "fine", "--out", f"{'long' * 100}"), 3, "cannot be used (File name too long); choose another"),
+        (
+            ("--name", "fine", "--out", f"{'long' * 100}"),
+            3,
+            "its path is too long (File name too long). Use a folder with a shorter path",
+        ),
     ],
 )
 def test_what_a_launch_would_refuse_is_refused_before_anything_is_written(

@@ -20,6 +20,7 @@ from dsnet.files import file_sha256
 from dsnet.space.entry_gate import differs_before_gates
 from dsnet.structure.search import scored_candidates
 from orchestration.config.loading import load_config
+from orchestration.pipeline import placement as placement_module
 from orchestration.pipeline import structure as structure_module
 from orchestration.prepare.preparation import prepare, stage_definitions, supernet_record
 from orchestration.results.run import RunResults
@@ -27,6 +28,7 @@ from orchestration.results.structure import structure_of, training_cost
 from orchestration.results.training_review import facts_of
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StageDir, plan_stages
+from orchestration.workers.nodes import Node
 from orchestration.workers.supernet import SupernetJob
 from tests.orchestration.samples import SWEEP, TINY, WITHOUT_MLFLOW, call, results_in, snapshot, write_sweep
 
@@ -211,7 +213,8 @@ def test_networks_that_are_trained_side_by_side_share_the_cores(
         raise StoppedError("stopped by the test")
 
     monkeypatch.setattr(structure_module, "train_on_ray", stop)
-    monkeypatch.setattr(structure_module, "cluster_cpus", lambda: 8)
+    for module in (structure_module, placement_module):
+        monkeypatch.setattr(module, "cluster_nodes", lambda: [Node("a", {"CPU": 8.0})])
     write_sweep(tmp_path, sweep_text(BESIDE))
     call(tmp_path, "launch", SWEEP, *WITHOUT_MLFLOW, *(part for setting in settings for part in ("--set", setting)))
     assert {job.threads for job in jobs} == {threads}

@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 
-from dsnet.errors import CheckpointError, ConfigError, LockedError, NotFoundError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, LockedError, NotFoundError, PreflightError, StorageError
 from dsnet.files import atomic_write_json, atomic_write_text, read_json
 from orchestration.runs.folder import RunDir, list_runs, mlflow_store_uri
-from orchestration.runs.lock import DriverLock, LockHolder, process_start_time, read_lock
+from orchestration.runs.lock import DriverLock, LockHolder, read_lock
 from orchestration.runs.manifest import Manifest, describe_hardware
+from orchestration.runs.processes import process_start_time
 
 HOLD_THE_LOCK = """
 import sys
 from pathlib import Path
 from orchestration.runs.lock import DriverLock
+from orchestration.runs.processes import process_start_time
 from orchestration.runs.folder import RunDir
 with DriverLock(RunDir(Path(sys.argv[1]), "digits"), "a second driver"):
     print("held", flush=True)
@@ -301,7 +303,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
     path = tmp_path / "manifest.json"
     atomic_write_text(path, "old")
     monkeypatch.setattr(os, failing, full)
-    with pytest.raises(CheckpointError, match=r"manifest\.json: No space left on device\. Free some space"):
+    with pytest.raises(
+        StorageError, match=r"cannot write .*manifest\.json: the disk is full \(No space left on device"
+    ):
         atomic_write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -46,6 +47,9 @@ class ScriptedTrials:
     def _raise(self, spec: TrialSpec, attempt: int) -> Any:
         raise ValueError("no route is right")
 
+    def _fill(self, spec: TrialSpec, attempt: int) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/spilled")
+
     def _nan(self, spec: TrialSpec, attempt: int) -> Any:
         return {"top1": float("nan"), "madds_m": 1.0}, {}
 
@@ -59,6 +63,11 @@ class ScriptedTrials:
 
     def _die_once(self, spec: TrialSpec, attempt: int) -> Any:
         return self._work(spec, attempt) if attempt else self._die(spec, attempt)
+
+    def _stop_once(self, spec: TrialSpec, attempt: int) -> Any:
+        if attempt == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return self._work(spec, attempt)
 
     def _die(self, spec: TrialSpec, attempt: int) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -127,4 +136,10 @@ def refuse_to_build(arrays: Mapping[str, np.ndarray]) -> OneByOne:
 def die_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
     """Ends the worker that builds it."""
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def hang_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
+    """Builds for longer than any test waits."""
+    time.sleep(600)
     raise AssertionError("unreachable")

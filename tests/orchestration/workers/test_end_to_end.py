@@ -1,11 +1,10 @@
-"""End-to-end trials as a worker puts them together: from a pickled maker, a checkpoint and shared
+"""End-to-end trials as a worker puts them together: from a pickled maker and shared
 read-only arrays."""
 
 from __future__ import annotations
 
 import pickle
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.measure.latency_table import LatencyTable, Timing
 from dsnet.routing.table_routing import run_on_table
-from dsnet.stored.checkpoint import save_supernet
 from orchestration.config.gate import GateConfig
 from orchestration.runs.stages import canonical_settings
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.self_check import REPEATED
+from orchestration.workers.sent_network import SentNetwork, network_arrays
 from search.gate_trial import gate_settings, router_of
 from search.study.runner import PROGRESS, SerialRunner, TrialSpec
 from tests.dsnet.samples import NORMALIZATION, small_supernet, tensor_data
@@ -42,9 +41,8 @@ RULES = EndToEndSettings(epochs=1)
 SMALL_BATCHES = {"gate.optimizer.batch_size": 8}
 
 
-def make_trial(folder: Path, rules: EndToEndSettings = RULES) -> MakeEndToEndTrial:
+def make_trial(rules: EndToEndSettings = RULES) -> MakeEndToEndTrial:
     """As it arrives in a worker."""
-    save_supernet(folder / "supernet", SUPERNET)
     millisecond = {1: Timing(1.0, 0.0, 3)}
     tails = {1: {subnet.name: Timing(float(k), 0.0, 3) for k, subnet in enumerate(SUPERNET.subnets)}}
     latency = LatencyTable("a clock", 1, {}, millisecond, millisecond, tails)
@@ -52,14 +50,16 @@ def make_trial(folder: Path, rules: EndToEndSettings = RULES) -> MakeEndToEndTri
     tables = MakeGateTrial(
         {split: table.meta() for split, table in TABLES.items()}, SUPERNET.subnets, latency, defaults
     )
-    maker = MakeEndToEndTrial(tables, folder / "supernet", NORMALIZATION, rules)
+    maker = MakeEndToEndTrial(tables, SentNetwork.of(SUPERNET), NORMALIZATION, rules)
     return pickle.loads(pickle.dumps(maker))  # noqa: S301 - our own bytes, as Ray sends them
 
 
 def shared_arrays() -> dict[str, NDArray[Any]]:
     """Read-only, as they lie in the object store."""
     arrays = {f"{split}/{name}": array for split, table in TABLES.items() for name, array in table.arrays().items()}
-    views = {name: array.view() for name, array in {**arrays, **shared_images(IMAGES)}.items()}
+    views = {
+        name: array.view() for name, array in {**arrays, **shared_images(IMAGES), **network_arrays(SUPERNET)}.items()
+    }
     for view in views.values():
         view.flags.writeable = False
     return views
@@ -72,8 +72,8 @@ def _one_thread() -> None:
 
 @pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 @pytest.mark.parametrize("router", ["gate", "gates"])
-def test_a_trial_deploys_the_heads_that_its_parameters_train(tmp_path: Path, router: str) -> None:
-    trial = make_trial(tmp_path)(shared_arrays()).function
+def test_a_trial_deploys_the_heads_that_its_parameters_train(router: str) -> None:
+    trial = make_trial()(shared_arrays()).function
     spec = TrialSpec(0, 7, {**SMALL_BATCHES, "gate.target": 0.3, "gate.router": router})
     metrics, arrays = trial(spec)
     deployed = router_of(arrays)
@@ -88,17 +88,17 @@ def test_a_trial_deploys_the_heads_that_its_parameters_train(tmp_path: Path, rou
     assert any(np.array_equal(array, heads[0].numpy()) for array in stored)
 
 
-def test_the_makers_epochs_and_augmentation_reach_the_training(tmp_path: Path) -> None:
+def test_the_makers_epochs_and_augmentation_reach_the_training() -> None:
     one, two, augmented = (
-        make_trial(tmp_path, rules)(shared_arrays()).function(TrialSpec(0, 7, SMALL_BATCHES))[1]["weight"]
+        make_trial(rules)(shared_arrays()).function(TrialSpec(0, 7, SMALL_BATCHES))[1]["weight"]
         for rules in (RULES, EndToEndSettings(epochs=2), replace(RULES, augmentation=Augmentation(crop_padding=2)))
     )
     assert not np.array_equal(one, two)
     assert not np.array_equal(one, augmented)
 
 
-def test_trials_do_not_influence_each_other(tmp_path: Path) -> None:
-    make = make_trial(tmp_path)
+def test_trials_do_not_influence_each_other() -> None:
+    make = make_trial()
     first, second = (TrialSpec(slot, slot, SMALL_BATCHES) for slot in (0, 1))
     together = {outcome.slot: outcome for outcome in SerialRunner(make(shared_arrays())).run([first, second])}
     alone = next(SerialRunner(make(shared_arrays())).run([second]))
@@ -111,11 +111,9 @@ def test_trials_do_not_influence_each_other(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("router", ["gate", "gates"])
-def test_a_trial_in_stages_is_the_trial_at_once_with_and_without_its_progress(
-    tmp_path: Path, router: str, optimizer: str
-) -> None:
+def test_a_trial_in_stages_is_the_trial_at_once_with_and_without_its_progress(router: str, optimizer: str) -> None:
     rules = EndToEndSettings(epochs=4, augmentation=Augmentation(crop_padding=2))
-    trial = make_trial(tmp_path, rules)(shared_arrays()).function
+    trial = make_trial(rules)(shared_arrays()).function
     whole = TrialSpec(3, 7, {**SMALL_BATCHES, "gate.router": router, "gate.optimizer.name": optimizer})
     metrics, arrays = trial(whole)
     assert not any(name.startswith(PROGRESS) for name in arrays)
@@ -135,15 +133,15 @@ def test_a_trial_in_stages_is_the_trial_at_once_with_and_without_its_progress(
     assert all(np.array_equal(array, arrays[name]) for name, array in met_arrays.items())
 
 
-def test_what_a_stage_returns_beside_its_progress_is_the_router_that_it_was_scored_by(tmp_path: Path) -> None:
-    trial = make_trial(tmp_path, EndToEndSettings(epochs=2))(shared_arrays()).function
+def test_what_a_stage_returns_beside_its_progress_is_the_router_that_it_was_scored_by() -> None:
+    trial = make_trial(EndToEndSettings(epochs=2))(shared_arrays()).function
     metrics, arrays = trial(TrialSpec(0, 7, SMALL_BATCHES, until=1))
     deployed = router_of({name: array for name, array in arrays.items() if not name.startswith(PROGRESS)})
     assert metrics["madds_m"] == pytest.approx(run_on_table(deployed, TABLES["val"]).madds.mean() / 1e6)
 
 
-def test_a_stage_of_another_trial_fails_with_the_reason(tmp_path: Path) -> None:
-    run = SerialRunner(make_trial(tmp_path, EndToEndSettings(epochs=2))(shared_arrays())).run
+def test_a_stage_of_another_trial_fails_with_the_reason() -> None:
+    run = SerialRunner(make_trial(EndToEndSettings(epochs=2))(shared_arrays())).run
     one = TrialSpec(0, 7, {**SMALL_BATCHES, "gate.router": "gates"}, until=1)
     progress = {name: array for name, array in next(run([one])).arrays.items() if name.startswith(PROGRESS)}
     outcome = next(run([replace(one, params=SMALL_BATCHES, progress=progress)]))
@@ -152,11 +150,11 @@ def test_a_stage_of_another_trial_fails_with_the_reason(tmp_path: Path) -> None:
     assert "heads of the shapes" in outcome.reason
 
 
-def test_a_bad_parameter_fails_its_trial_alone(tmp_path: Path) -> None:
+def test_a_bad_parameter_fails_its_trial_alone() -> None:
     diverging = {"gate.optimizer.name": "sgd", "gate.optimizer.lr": 1e6, "gate.losses.cls": 1e38}
     bad = [{"gate.router": "cascade"}, diverging, {}]
     specs = [replace(TrialSpec(0, 0, {**SMALL_BATCHES, **changes}), slot=slot) for slot, changes in enumerate(bad)]
-    unknown, infinite, good = SerialRunner(make_trial(tmp_path)(shared_arrays())).run(specs)
+    unknown, infinite, good = SerialRunner(make_trial()(shared_arrays())).run(specs)
     assert unknown.reason is not None
     assert "gate and gates, not 'cascade'" in unknown.reason
     assert infinite.reason is not None
@@ -164,21 +162,21 @@ def test_a_bad_parameter_fails_its_trial_alone(tmp_path: Path) -> None:
     assert good.state == "complete"
 
 
-def test_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
-    trial = make_trial(tmp_path)(shared_arrays()).function
+def test_an_unknown_parameter_is_refused() -> None:
+    trial = make_trial()(shared_arrays()).function
     with pytest.raises(ValueError, match=r"gate\.end\.epochs"):
         trial(TrialSpec(0, 7, {"gate.end.epochs": 3}))
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    maker = make_trial(tmp_path)
-    (tmp_path / "supernet.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"supernet\.safetensors: no such file"):
-        maker(shared_arrays())
+def test_a_network_that_does_not_fit_its_weights_is_refused() -> None:
+    arrays = {name: array for name, array in shared_arrays().items() if not name.endswith("classifier.bias")}
+    assert len(arrays) < len(shared_arrays())
+    with pytest.raises(CheckpointError, match=r"the network that the driver sent: .* missing classifier\.bias"):
+        make_trial()(arrays)
 
 
-def test_the_check_before_a_search_trains_the_same_gate_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    function = make_trial(tmp_path)(shared_arrays())
+def test_the_check_before_a_search_trains_the_same_gate_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = make_trial()(shared_arrays())
     finding = EndToEndCheck()(function)
     assert finding.unequal == ()
     assert finding == EndToEndCheck()(function)

@@ -3,18 +3,15 @@ lost."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from safetensors.torch import save_file
 
 from dsnet.data.normalization import Normalization
 from dsnet.errors import DsnetError
 from dsnet.space.width_space import WidthSpace
-from dsnet.stored.checkpoint import save_supernet
 from dsnet.structure.method import Candidate
 from dsnet.structure.scoring import HoldOutScorer
 from orchestration.workers.structure import ScoringJob, _Actors, ray_scorer
+from orchestration.workers.training_watch import StallRules
 from tests.dsnet.samples import lively_supernet, random_labels, random_pixels
 
 pytestmark = pytest.mark.ray
@@ -23,11 +20,8 @@ NUM_IMAGES = 60
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> ScoringJob:
-    save_supernet(tmp_path / "net", lively_supernet())
-    images = tmp_path / "images.safetensors"
-    save_file({"images": random_pixels(NUM_IMAGES), "labels": random_labels(NUM_IMAGES)}, images)
-    return ScoringJob(tmp_path / "net", images, NORMALIZATION, "cpu")
+def job() -> ScoringJob:
+    return ScoringJob(lively_supernet(), random_pixels(NUM_IMAGES), random_labels(NUM_IMAGES), NORMALIZATION, "cpu")
 
 
 def candidates() -> list[Candidate]:
@@ -47,10 +41,10 @@ def test_scores_are_those_of_one_process_also_when_an_actor_is_lost(ray_cluster:
     assert len(set(wanted)) > 2
     with ray_scorer(job, 1) as score:
         assert [each.num_correct for each in score(candidates())] == wanted
-    actors = _Actors(job, 2)
+    actors = _Actors(job, 2, lambda: False, StallRules())
     scores = actors.score(candidates())
     found = [next(scores).num_correct]
-    ray.kill(actors._actors[0], no_restart=False)
+    ray.kill(actors._idle[0])
     found += [each.num_correct for each in scores]
     actors.close()
     assert found == wanted

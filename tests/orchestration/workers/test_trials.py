@@ -20,9 +20,10 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
-from dsnet.errors import ConfigError, PreflightError
+from dsnet.errors import ConfigError, PreflightError, StoppedError, StorageError
 from dsnet.import_path import WORKER_HOOK
 from orchestration.environment import prepare_environment
+from orchestration.workers.nodes import Node
 from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers
 from orchestration.workers.trials import Actors, RayRunner, TrialLimits, TrialWorker, _cause_of_loss, _resource_options
 from search.gate_check import GateCheck
@@ -36,6 +37,7 @@ from tests.orchestration.workers.gate_studies import SPACE, gate_study, gate_tri
 from tests.orchestration.workers.scripted import (
     ScriptedCohort,
     die_while_building,
+    hang_while_building,
     one_by_one,
     refuse_to_build,
 )
@@ -306,6 +308,13 @@ def test_an_endless_trial_times_out_alone(cohort_runner: RayRunner, folder: Path
     assert num_attempts(folder, 1) == 2
 
 
+def test_a_full_disk_of_a_worker_ends_the_search_and_no_trial_has_failed_by_it(runner: RayRunner, folder: Path) -> None:
+    outcomes = []
+    with pytest.raises(StorageError, match="cannot use /spilled: the disk is full"):
+        outcomes.extend(runner.run(specs("fill", "work")))
+    assert [outcome.state for outcome in outcomes if outcome.state != "complete"] == []
+
+
 def test_an_exception_out_of_a_batch_fails_the_trial_that_raises_alone(cohort_runner: RayRunner, folder: Path) -> None:
     outcomes = by_slot(cohort_runner.run(specs("work", "spoil", "work", "work", "work", "work")))
     failed = {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.state == "failed"}
@@ -358,17 +367,19 @@ class TestRayRunner(RunnerContract):
 
 
 def test_an_actor_that_wants_what_the_cluster_lacks_is_refused(empty_cluster: None) -> None:
-    for num_actors, message in ((None, "1 trial actors take 2"), (2, "2 trial actors take 2")):
+    for num_actors, message in ((None, "one process needs 1 CPU and 2 of board"), (2, "2 processes need .* each")):
         runner = RayRunner(make_walks, arrays={}, actors=Actors(number=num_actors, resources={"board": 2}))
-        with pytest.raises(PreflightError, match=f"{message} of the resource 'board' each, but the cluster has 0"):
+        with pytest.raises(
+            PreflightError, match=rf"{message}.*1 node with 2 CPUs and 0 of board.*trial_resources\.board"
+        ):
             next(runner.run(specs("work")))
 
 
 def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
-    cluster = {"CPU": 4.0, "GPU": 1.0, "memory": 4e9}
+    nodes = [Node("a", {"CPU": 4.0, "GPU": 1.0, "memory": 4e9})]
 
     def places(**options: Any) -> int:
-        return RayRunner(make_walks, arrays={}, actors=Actors(**options))._num_places(cluster)
+        return Actors(**options).places(nodes)
 
     assert places() == 4
     assert places(threads=2) == 2
@@ -404,7 +415,9 @@ def test_actors_read_the_arrays_in_place_with_the_threads_that_they_take(
     assert (facts["torch_threads"], facts["omp_threads"]) == (2, 2)
     assert facts["has_mkl_mode"]
     runner.close()
-    with pytest.raises(PreflightError, match=r"has 2 CPUs and each actor takes 3 \(gate.end_to_end.threads\)"):
+    with pytest.raises(
+        PreflightError, match=r"gate\.end_to_end\.threads 3: one process needs 3 CPUs, but .*1 node with 2 CPUs"
+    ):
         list(RayRunner(make, arrays=ARRAYS, actors=Actors(threads=3)).run(specs("work")))
 
 
@@ -451,8 +464,37 @@ def test_workers_that_die_while_they_start_end_the_sweep(empty_cluster: None, mo
     runner.close()
 
 
+def test_workers_that_do_not_start_in_time_are_told_and_then_end_the_sweep(
+    empty_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.workers.trials.START_TIMEOUT_S", 0.3)
+    told: list[str] = []
+    runner = RayRunner(hang_while_building, arrays=ARRAYS, actors=Actors(number=1), tell=told.append)
+    with pytest.raises(PreflightError, match=r"did not start within 0\.3 s, 2 times in a row"):
+        list(runner.run(specs("work")))
+    runner.close()
+    assert told == ["a trial worker did not start within 0.3 s; another one is started"]
+
+
+def test_a_stop_request_ends_trials_that_need_longer(
+    empty_cluster: None, folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.workers.trials.STOP_PATIENCE_S", 0.2)
+    make = functools.partial(one_by_one, place=place)
+    stop = folder.with_name("stop")
+    runner = RayRunner(make, arrays=ARRAYS, actors=Actors(number=1), should_stop=stop.exists)
+    outcomes = runner.run(specs("work", "hang"))
+    assert next(outcomes).slot == 0
+    stop.touch()
+    began_s = time.monotonic()
+    with pytest.raises(StoppedError, match="finished trials are kept"):
+        next(outcomes)
+    assert time.monotonic() - began_s < 5.0
+    runner.close()
+
+
 def test_more_actors_than_cpus_are_refused(empty_cluster: None) -> None:
-    with pytest.raises(PreflightError, match=r"ray\.trial_actors is 3, but the cluster has 2 CPUs"):
+    with pytest.raises(PreflightError, match=r"ray\.trial_actors 3: 3 processes need 1 CPU each, but .* room for 2"):
         list(RayRunner(refuse_to_build, arrays=ARRAYS, actors=Actors(number=3)).run(specs("work")))
 
 
@@ -515,6 +557,7 @@ def vanishes(pid: int, within_s: float = 15.0) -> bool:
 
 LIFE_OF_A_CLUSTER = """
 import json, os, pathlib, sys
+from orchestration.workers.nodes import Node
 from orchestration.workers.runtime import RaySettings, ray_session
 
 def children(pid):

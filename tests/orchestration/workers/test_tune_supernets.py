@@ -3,6 +3,7 @@ later launch does the same."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from ray.tune.schedulers import FIFOScheduler
 from benchmarks.processes import Command
 from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.data.training_images import InMemoryImages
-from dsnet.errors import CheckpointError, ConfigError, DsnetError, PreflightError, StoppedError
+from dsnet.errors import CheckpointError, ConfigError, DsnetError, PreflightError, StoppedError, StorageError
 from dsnet.families import rebuild
 from dsnet.network.batchnorm import recalibrate
 from dsnet.space.cost import subnet_cost
@@ -41,11 +42,14 @@ from orchestration.workers.supernet import STOP_GRACE_S, _train_loop, root_cause
 from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules
 from orchestration.workers.tune_schedule import Member, ReplayingScheduler
 from orchestration.workers.tune_supernets import (
+    MemberWork,
     _train_member,
+    _tune_error,
     measurable,
     static_hypervolume,
     stored_fates,
 )
+from orchestration.workers.workplaces import SharedFolder
 from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Dies, DiesLater, Sweep
 
 
@@ -133,7 +137,7 @@ def test_a_worker_that_is_lost_after_the_launch_has_ended_is_not_started_again(
     data = DiesLater(swept.sweep.train, tmp_path / "deaths", times=9)
     with pytest.raises(StoppedError):
         train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: data.deaths == 1)
-    (training,) = (thread for thread in threading.enumerate() if thread.name == "ray-train")
+    (training,) = (thread for thread in threading.enumerate() if thread.name == "ray-side-train")
     job.stop_file.unlink()
     (tmp_path / "may-die").touch()
     training.join(30.0)
@@ -541,14 +545,31 @@ def test_training_workers_choose_mkls_mode_before_they_do_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "outcome.json").touch()  # an attempt that failed: both return at once
-    job: Any = SimpleNamespace(folder=tmp_path)
+    job: Any = SimpleNamespace(threads=1, workers=1)
+    place = SharedFolder(tmp_path, tmp_path / "stop")
     for train in (
-        lambda: _train_loop({"job": job}),
-        lambda: _train_member({"member": "m"}, {"m": job}, {}, {}, tmp_path, 1),
+        lambda: _train_loop({"job": job, "place": place}),
+        lambda: _train_member({"member": "m"}, {"m": MemberWork(job, "k", place, None, tmp_path)}, {}, 1, {}),
     ):
         monkeypatch.delenv(MKL_MODE, raising=False)
         train()
         assert os.environ[MKL_MODE] == mkl_mode()
+
+
+def test_a_full_disk_is_no_outcome_of_the_training_that_met_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "epoch-00001.safetensors"))
+
+    monkeypatch.setattr("orchestration.workers.tune_supernets._train_and_report", full)
+    job: Any = SimpleNamespace(folder=tmp_path, threads=1)
+    ledger = tmp_path / "reports.jsonl"
+    with pytest.raises(StorageError, match="epoch-00001"):
+        _train_member({"member": "m"}, {"m": job}, {"m": "key"}, {}, ledger, 1)
+    assert list(tmp_path.iterdir()) == []
+    lost = RuntimeError("Tune")
+    lost.__cause__ = StorageError("the disk is full")
+    assert type(_tune_error(lost)) is StorageError
+    assert type(_tune_error(RuntimeError("of Tune"))) is DsnetError
 
 
 def test_a_machine_without_memory_is_told_from_a_gpu_without_memory() -> None:

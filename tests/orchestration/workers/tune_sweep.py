@@ -23,6 +23,7 @@ from dsnet.training.settings import BootstrapSettings, TrainSettings
 from dsnet.training.start import lay_out
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.workers.supernet import SupernetJob
+from orchestration.workers.training_watch import StallRules
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
 from orchestration.workers.tune_supernets import (
     SweepCallbacks,
@@ -68,7 +69,12 @@ class Sweep:
         )
         return TuneMember(name, f"key-of-{name}", job)
 
-    def launch(self, rules: TuneRules = ASHA, should_stop: Callable[[], bool] = lambda: False) -> list[MemberFate]:
+    def launch(
+        self,
+        rules: TuneRules = ASHA,
+        should_stop: Callable[[], bool] = lambda: False,
+        stalls: StallRules | None = None,
+    ) -> list[MemberFate]:
         """Every launch begins without the stop file, as the command line's do."""
         self.stop_file.unlink(missing_ok=True)
         return train_members(
@@ -82,6 +88,7 @@ class Sweep:
                 on_points=lambda name, points: self.curves.add(name),
                 on_fate=self.fates.append,
                 should_stop=should_stop,
+                stalls=stalls if stalls is not None else StallRules(),
             ),
         )
 
@@ -124,6 +131,13 @@ class Dies:
 
     def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
         return self._images.clean(rows, device)
+
+
+class Stops(Dies):
+    """A training split that stops the worker that trains with it, as SIGSTOP from outside does."""
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class DiesLater(Dies):
