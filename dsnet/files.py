@@ -38,7 +38,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         StorageError: The disk is full or the folder cannot be written; the old content stays
             unchanged.
     """
-    temporary = _temporary(path)
+    temporary = _draft(path)
     with writing(path):
         try:
             with open(temporary, "xb") as file:
@@ -299,7 +299,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: as `atomic_write_bytes`.
     """
-    temporary = _temporary(path)
+    temporary = _draft(path)
     with writing(path):
         try:
             path.parent.mkdir(exist_ok=True)  # no further: the folder of a run that was deleted stays deleted
@@ -314,16 +314,16 @@ def replacing(path: Path) -> Iterator[Path]:
             _discard(temporary)
 
 
-def _temporary(path: Path) -> Path:
-    """A new name in the same folder, for the content before it replaces the file."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
 def _discard(temporary: Path) -> None:
     """Remove a temporary file. What keeps it from being removed has been reported by then: the
     folder is gone or became read-only."""
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    """A new name for a file that replaces `path` when it is complete."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def remove_drafts(folder: Path, min_age_s: float = 0.0) -> list[Path]:

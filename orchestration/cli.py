@@ -16,6 +16,7 @@ import click
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
 from dsnet.errors import DsnetError, StoppedError, StorageError
+from dsnet.image_size import ImageSize, normal_size
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.storage_faults import disk_error, storage_error
 from orchestration.serving.settings import ServeSettings
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from orchestration.config.sweep import SweepConfig
     from orchestration.runs.folder import RunDir
 
+MAX_DIGITS = 9
+"""Digits of a number of pixels on the command line; the settings' own limit is far below."""
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -50,6 +53,14 @@ def _shares(_: click.Context, __: click.Parameter, text: str | None) -> tuple[fl
     if not all(0 < share <= 1 for share in found):
         raise click.BadParameter(f"{text!r} is not a list of shares above 0 and at most 1, such as 0.3,0.6,1")
     return found
+
+
+def _image_size(_: click.Context, __: click.Parameter, text: str) -> ImageSize:
+    """The size that a number or HEIGHTxWIDTH stands for."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) <= MAX_DIGITS for side in sides):
+        raise click.BadParameter(f"{text!r} is not a number of pixels or HEIGHTxWIDTH, such as 224 or 192x256")
+    return int(sides[0]) if len(sides) == 1 else normal_size([int(side) for side in sides])
 
 
 IMPORTS = click.option(
@@ -397,7 +408,13 @@ def init(
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write [default: named after the file].")
 @click.option("--name", help="Name of the sweep [default: name of the folder].")
 @click.option("--classes", type=click.IntRange(min=1), help="Number of classes [default: that of the checkpoint].")
-@click.option("--image-size", default=224, show_default=True, help="Height and width of the images in pixels.")
+@click.option(
+    "--image-size",
+    callback=_image_size,
+    default="224",
+    show_default=True,
+    help="Side of the images in pixels, or HEIGHTxWIDTH, such as 192x256.",
+)
 @click.option("--ema", is_flag=True, help="Use the exponential moving average of the weights (state_dict_ema).")
 @click.option(
     "--data", help="Folder of held-out images with one folder per class [default: $DSNET_DATA, or `launch --data`]."

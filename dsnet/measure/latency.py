@@ -21,6 +21,7 @@ from torch import nn
 from dsnet.deploy.engines import Engine, timing_engine
 from dsnet.deploy.materialize import PlainSubnet
 from dsnet.deploy.segments import CutSegments
+from dsnet.image_size import ImageSize, height_and_width
 from dsnet.measure.decision_timing import decision_calls, timed_routers
 from dsnet.measure.engine_parts import EngineParts, TimedEntry
 from dsnet.measure.latency_table import PUBLISHED, LatencyTable, MachineLoad, Timing
@@ -225,7 +226,7 @@ def _rounds(repeats: int, warmup: int, budget_s: float) -> Iterator[bool]:
 
 def measure_latency(
     supernet: Supernet,
-    image_size: int,
+    image_size: ImageSize,
     settings: LatencySettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     before_each: Callable[[], None] = lambda: None,
@@ -238,7 +239,7 @@ def measure_latency(
 @torch.inference_mode()
 def measure_samples(
     supernet: Supernet,
-    image_size: int,
+    image_size: ImageSize,
     settings: LatencySettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     before_each: Callable[[], None] = lambda: None,
@@ -250,7 +251,7 @@ def measure_samples(
     Args:
         supernet: trained; paths through several gates are timed as sequences of the segments that
             they share.
-        image_size: side in pixels.
+        image_size: size of the images.
         settings: device, engine, threads, sizes, repeats.
         on_progress: called with (sizes done, sizes in all).
         before_each: called, untimed, before every timed call; it may raise to stop.
@@ -297,11 +298,11 @@ class _Parts:
     images. Decisions that cannot be in a graph run in torch with every engine."""
 
     def __init__(
-        self, supernet: Supernet, image_size: int, device: torch.device, engine: Engine | None, threads: int
+        self, supernet: Supernet, image_size: ImageSize, device: torch.device, engine: Engine | None, threads: int
     ) -> None:
         self.segments = CutSegments(supernet, RouteTree.of(supernet.subnets))
         self.generator = torch.Generator().manual_seed(0)
-        self.shape = (supernet.spec.in_channels, image_size, image_size)
+        self.shape = (supernet.spec.in_channels, *height_and_width(image_size))
         self.device = device
         routers = timed_routers(
             supernet.spec, self.segments, self.segments.trunk(torch.zeros((1, *self.shape), device=device))

@@ -31,6 +31,7 @@ from dsnet.environment import installed_versions, resolve_device
 from dsnet.errors import StoppedError
 from dsnet.families import Task
 from dsnet.files import atomic_write_json, read_json
+from dsnet.image_size import image_size_of
 from dsnet.measure.evaluate import (
     EVALUATION_BATCH,
     build_routing_table,
@@ -197,7 +198,7 @@ class _StageRunner:
     def given(self) -> Given:
         """Network, training settings and start weights before sub-networks are chosen."""
         supernet, images = self.config.supernet, self.images
-        channels, _, size = images.image_shape
+        channels, size = images.image_shape[0], image_size_of(images.image_shape)
         task = Task(num_classes=images.num_classes, in_channels=channels, image_size=size)
         start = None if supernet.init_from is None else load_start(Path(supernet.init_from))
         subnets = lay_out(supernet.model, task, supernet.options, supernet.regime.norm, start)
@@ -217,7 +218,7 @@ class _StageRunner:
     @cached_property
     def problem(self) -> StructureProblem:
         """The choice of sub-networks."""
-        size = self.images.image_shape[-1]
+        size = image_size_of(self.images.image_shape)
         return structure_problem(self.given.first.subnets, self.config.supernet.structure, self.given.run, size)
 
     @cached_property
@@ -340,7 +341,7 @@ class _StageRunner:
             supernet, on = self.trained[0], f" on {name}" if name else ""
             table = measure_latency(
                 supernet,
-                self.data.image_shape[-1],
+                image_size_of(self.data.image_shape),
                 settings,
                 lambda done, of, on=on: self.say(f"measure: latency{on} {done}/{of}"),  # type: ignore[misc]
                 before_each=self.check_stop,

@@ -14,6 +14,7 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.settings import IMAGENET_VALUES
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.files import atomic_write_text, file_sha256, read_json, writing
+from dsnet.image_size import ImageSize, size_in_words
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import save_supernet
@@ -67,7 +68,7 @@ class Imported:
         madds = [subnet_cost(spec, subnet, spec.image_size).madds / 1e6 for subnet in subnets]
         return (
             f"{spec.family}: {len(subnets)} sub-networks of {min(madds):.1f} to {max(madds):.1f} M MAdds at "
-            f"{spec.image_size} pixels, {spec.num_classes} classes"
+            f"{size_in_words(spec.image_size)}, {spec.num_classes} classes"
         )
 
 
@@ -79,8 +80,8 @@ class ImportSettings:
     """Name of the sweep."""
     num_classes: int | None = None
     """Number of the checkpoint's classes; None reads it from the checkpoint."""
-    image_size: int = 224
-    """Side in pixels, as data.image_size of sweep.yaml."""
+    image_size: ImageSize = 224
+    """Size of the images, as data.image_size of sweep.yaml."""
     ema: bool = False
     """Whether to take the checkpoint's averaged weights."""
     data: str | None = None
@@ -116,7 +117,7 @@ def _sweep_text(stem: Path, settings: ImportSettings) -> str:
     return _TEMPLATE.format(
         name=_yaml_value(settings.name),
         data=_yaml_value(settings.data),
-        image_size=settings.image_size,
+        image_size=json.dumps(settings.image_size),
         stem=_yaml_value(str(stem.absolute())),
     )
 

@@ -19,6 +19,7 @@ from dsnet.errors import CheckpointError, NothingFeasibleError, StoppedError
 from dsnet.files import atomic_write_bytes, known_sha256, set_aside
 from dsnet.gates.end_to_end import GateImages
 from dsnet.gates.settings import EndToEndSettings
+from dsnet.image_size import ImageSize
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
@@ -256,7 +257,7 @@ def named_baseline(results: RunResults) -> dict[str, float]:
     return {f"{BASELINE}{name}": value for name, value in results.baseline.items()}
 
 
-def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size: int) -> None:
+def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size: ImageSize) -> None:
     """Raise, before anything is trained, if no router over this layout can satisfy a hard
     constraint.
 

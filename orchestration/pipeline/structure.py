@@ -128,8 +128,8 @@ class _OnRay:
                 images,
                 on_points=on_points,
                 should_stop=work.stop,
-                on_counted=work.tracker.curve,
                 stalls=work.stall_rules(f"structure: {base.name}"),
+                on_counted=work.tracker.curve,
             )
 
     def _train_beside(self, base: Base, job: SupernetJob, images: TrainingImages) -> None:
@@ -141,9 +141,9 @@ class _OnRay:
             job,
             images,
             on_points=lambda _: None,
-            on_counted=points.extend,
             should_stop=work.stop,
             stalls=work.stall_rules(f"structure: {base.name}"),
+            on_counted=points.extend,
         )
         took = duration(time.monotonic() - started)
         loss = points[-1].metrics.get(f"loss/{base.subnets.largest.name}") if points else None

@@ -62,8 +62,8 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
                 data,
                 on_points=on_points,
                 should_stop=work.stop,
-                on_counted=work.tracker.curve,
                 stalls=work.stall_rules("supernet"),
+                on_counted=work.tracker.curve,
             )
         return supernet_outputs(stem)
 

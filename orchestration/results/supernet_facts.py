@@ -104,7 +104,8 @@ class SupernetFacts:
             init_from: `supernet.init_from` of the sweep.
         """
         run, train = self.run, self.run.train
-        lines = [("network", f"{self.spec.family} with {self.num_subnets} sub-networks, norm {self.spec.norm}")]
+        norm = f"norm {self.spec.norm}" if self.spec.has_norms else "no BatchNorm"
+        lines = [("network", f"{self.spec.family} with {self.num_subnets} sub-networks, {norm}")]
         if self.structure:
             lines.append(("sub-networks", self.structure))
         if train.epochs == 0:
@@ -130,9 +131,9 @@ class SupernetFacts:
         return {"network": {"family": self.spec.family, "norm": self.spec.norm}, "origin": dict(self.run.origin)}
 
     def keeps_statistics(self) -> bool:
-        """Whether BatchNorm statistics are not estimated after training: the norm has none, or the
-        settings say so."""
-        return self.spec.norm == "group_norm" or self.run.recalibration_images == 0
+        """Whether BatchNorm statistics are not estimated after training: the network has none, or
+        the settings say so."""
+        return not self.spec.has_batch_norm or self.run.recalibration_images == 0
 
     def _regime(self) -> str:
         regime = self.run.regime
@@ -154,7 +155,7 @@ class SupernetFacts:
 
     def _statistics(self) -> str:
         if self.keeps_statistics():
-            return "none" if self.spec.norm == "group_norm" else "those of the start weights"
+            return "those of the start weights" if self.spec.has_batch_norm else "none"
         images = self.run.recalibration_images
         return f"estimated again on {'all' if images is None else images} training images"
 

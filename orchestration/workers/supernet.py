@@ -99,8 +99,8 @@ def train_on_ray(
     *,
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
-    on_counted: Callable[[list[CurvePoint]], None] = lambda points: None,
     stalls: StallRules | None = None,
+    on_counted: Callable[[list[CurvePoint]], None] = lambda points: None,
 ) -> Path:
     """Train the supernet on `job.workers` Ray workers; Ray must be initialised.
 
@@ -112,9 +112,9 @@ def train_on_ray(
         data: the training split.
         on_points: called with new points of the loss curves.
         should_stop: called several times a second; True stops training at the next step.
+        stalls: how silent workers are noticed; None = `StallRules()`.
         on_counted: called with the points that count, each once: those of steps that are not done
             again.
-        stalls: how silent workers are noticed; None = `StallRules()`.
 
     Returns:
         the stem of the recalibrated checkpoint.
@@ -143,7 +143,7 @@ def train_on_ray(
     is_abandoned = threading.Event()
     fit = partial(_fit_alone, is_abandoned=is_abandoned) if job.workers == 1 else _fit_group
     thread = side_thread(partial(fit, config, failures), "train")
-    curves = _Curves(CurveTail(job.folder / "curves.jsonl"), on_points, on_counted)
+    tail = CurveTail(job.folder / "curves.jsonl")
     watch = TrainingWatch(
         {
             "the training worker" if job.workers == 1 else f"training worker {rank} of {job.workers}": pulse.of_rank(
@@ -153,32 +153,48 @@ def train_on_ray(
         },
         rules,
     )
+
+    def pass_on() -> bool:
+        """Hand new points on; returns whether there were any."""
+        points = tail.read()
+        on_points(points)
+        on_counted(tail.counted())
+        return bool(points)
+
     thread.start()
     try:
-        _follow(thread, curves, should_stop, files, watch)
+        _follow(thread, pass_on, should_stop, files, watch)
     finally:
         watch.close()
         is_abandoned.set()
         files.fetch(everything=True)
-        curves.pass_on()
+        pass_on()
         shutil.rmtree(job.folder / MEETING, ignore_errors=True)
     outcome = job.folder / OUTCOME
     if outcome.exists():
         _raise_outcome(read_object(outcome))
     if should_stop():
         raise StoppedError("training was stopped; its checkpoints are kept")
-    if failures and isinstance(failures[0], DsnetError):
-        raise failures[0]
     if failures:
-        fault = storage_error(failures[0])
-        if fault is not None:
-            raise fault from failures[0]
-        check_cluster()
-        if _is_controller_lost(failures[0]):
-            raise ClusterLostError(lost_sentence("the controller of Ray Train has ended")) from failures[0]
-        workers = "worker" if job.workers == 1 else "workers"
-        raise DsnetError(f"the training {workers} failed: {root_cause(failures[0])}") from failures[0]
+        if isinstance(failures[0], DsnetError):
+            raise failures[0]
+        raise _as_ours(failures[0], job.workers) from failures[0]
     return job.folder / FINAL
+
+
+def _as_ours(failure: BaseException, num_workers: int) -> DsnetError:
+    """The failure of a training, which Ray reports, as an error of ours.
+
+    Raises:
+        ClusterLostError: the cluster was lost.
+    """
+    if (fault := storage_error(failure)) is not None:
+        return fault
+    check_cluster()
+    if _is_controller_lost(failure):
+        return ClusterLostError(lost_sentence("the controller of Ray Train has ended"))
+    workers = "worker" if num_workers == 1 else "workers"
+    return DsnetError(f"the training {workers} failed: {root_cause(failure)}")
 
 
 def send_start(job: SupernetJob) -> Any:
@@ -269,25 +285,9 @@ def _fit_group(config: dict[str, Any], failures: list[BaseException]) -> None:
         failures.append(error)
 
 
-@dataclass(frozen=True)
-class _Curves:
-    """Passes the points of a growing curve on."""
-
-    tail: CurveTail
-    on_points: Callable[[list[CurvePoint]], None]
-    on_counted: Callable[[list[CurvePoint]], None]
-
-    def pass_on(self) -> bool:
-        """Pass new points on; returns whether there were any."""
-        points = self.tail.read()
-        self.on_points(points)
-        self.on_counted(self.tail.counted())
-        return bool(points)
-
-
 def _follow(
     thread: threading.Thread,
-    curves: _Curves,
+    pass_on: Callable[[], bool],
     should_stop: Callable[[], bool],
     files: JobFiles,
     watch: TrainingWatch,
@@ -297,7 +297,7 @@ def _follow(
     while thread.is_alive():
         thread.join(POLL_S)
         files.fetch()
-        if curves.pass_on():
+        if pass_on():
             watch.took(time.monotonic() - last_s)
             last_s = time.monotonic()
         if not (asked_at is not None or should_stop()):

@@ -36,6 +36,7 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import TrainingImages
 from dsnet.errors import ClusterLostError, ConfigError, DsnetError, NonFiniteLossError, StoppedError, StorageError
 from dsnet.files import read_stored
+from dsnet.image_size import image_size_of
 from dsnet.measure.evaluate import EVALUATION_BATCH
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.precision import exact_float32
@@ -167,7 +168,7 @@ def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normal
         images, labels = normalization.apply(val.images[rows].to(device)), val.labels[rows].to(device)
         for subnet, logits in each_logits(supernet, images, members):
             num_right[subnet.name] += int((logits.argmax(1) == labels).sum())
-    size = val.images.shape[-1]
+    size = image_size_of(val.images.shape)
     madds = [subnet_cost(supernet.spec, subnet, size).madds for subnet in members]
     points = [(num_right[subnet.name] / len(val.labels), cost) for subnet, cost in zip(members, madds, strict=True)]
     worst = REFERENCE_MARGIN * max(madds)
@@ -354,6 +355,8 @@ class _TuneRun:
             raise self._fault
         if failures:
             check_cluster()
+            if isinstance(failures[0], DsnetError):
+                raise failures[0]
             raise _tune_error(failures[0]) from failures[0]
         if missing:
             check_cluster()
@@ -474,7 +477,7 @@ def _tune_error(failure: BaseException) -> DsnetError:
     """The failure of Ray Tune itself as an error of ours."""
     if (fault := storage_error(failure)) is not None:
         return fault
-    return failure if isinstance(failure, DsnetError) else DsnetError(f"Ray Tune failed: {root_cause(failure)}")
+    return DsnetError(f"Ray Tune failed: {root_cause(failure)}")
 
 
 class _PlaceWatch:

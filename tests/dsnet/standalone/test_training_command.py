@@ -30,6 +30,7 @@ from dsnet.files import read_json
 from dsnet.measure.evaluate import build_routing_table, measure_subnets, subnet_accuracy
 from dsnet.measure.latency_table import LatencyTable
 from dsnet.routing.routing_table import RoutingTable
+from dsnet.space.cost import subnet_cost
 from dsnet.standalone import __main__ as command
 from dsnet.standalone import stages as standalone
 from dsnet.standalone.output_folder import OutputFolder
@@ -144,6 +145,21 @@ def test_the_results_are_those_of_the_pipeline_s_functions(at_once: Path, tmp_pa
     latency = LatencyTable.from_json(read_json(at_once / "measure" / "latency.json"))
     assert set(latency.subnets) == {1}
     assert set(latency.tails) == {1, 2}
+
+
+def test_images_that_are_no_squares_are_trained_measured_and_tabled(tmp_path: Path) -> None:
+    settings = config(data__image_size=[8, 12], data__limit=60, supernet__train__epochs=1)
+    assert StandaloneConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    folder = run_standalone(settings, tmp_path / "out", device="cpu")
+    supernet, _ = load_supernet(folder.supernet / "final")
+    assert supernet.spec.image_size == (8, 12)
+    costs = [subnet_cost(supernet.spec, subnet, (8, 12)).madds for subnet in supernet.subnets]
+    table = RoutingTable.load(folder.path / "table" / "val.safetensors")
+    assert table.madds.tolist() == costs
+    measured = read_json(folder.measure / "subnets.json")
+    assert str(costs[-1]) in json.dumps(measured)
+    latency = LatencyTable.from_json(read_json(folder.measure / "latency.json"))
+    assert set(latency.tails[2]) == {subnet.name for subnet in supernet.subnets}
 
 
 def test_the_manifest_records_mkls_mode(at_once: Path) -> None:
