@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from dsnet.errors import PreflightError
 from dsnet.files import atomic_write_bytes, atomic_write_json
-from dsnet.training.supernet import FINAL, checkpoint_stems
+from dsnet.stored.names import FINAL, checkpoint_stems
 from orchestration.runs.folder import CURVES
 from orchestration.workers.file_stores import DriverStore, FileStore, UrlStore
 
