@@ -219,7 +219,7 @@ def measure(options: Options, trials: int | None, workers: int, only: str) -> Re
     end."""
     number = trials or (400 if options.quick else 100_000)
     rows, figures = [], {}
-    idle = math.nan
+    name, idle = "no plan", 0.0
     for plan in plans(number, min(workers, 50) if options.quick else workers):
         if only not in plan.name:
             continue
@@ -240,12 +240,12 @@ def measure(options: Options, trials: int | None, workers: int, only: str) -> Re
                 found.limit,
             )
         )
-        if plan.cohort > plan.workers:
-            idle = 1 - found.busy_share
+        if plan.cohort > plan.workers or only:
+            name, idle = plan.name, 1 - found.busy_share
     columns = ("sweep", "trials", "workers", "hours", "ideal", "busy %", "driver ms a trial (end)", "driver %")
     return Report(
         [Section("Simulated sweeps", (*columns, "journal kB", "limit"), rows)],
-        Headline("idle share of the workers, end to end, 4 x the workers", Estimate(idle, idle, idle), "", 0.2),
+        Headline(f"idle share of the workers, {name}", Estimate(idle, idle, idle), "", 0.2),
         figures,
     )
 
