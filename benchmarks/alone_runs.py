@@ -29,6 +29,7 @@ from dsnet.data.settings import Augmentation, SplitSizes
 from dsnet.errors import NonFiniteLossError
 from dsnet.families import create
 from dsnet.files import atomic_write_json, read_json
+from dsnet.image_size import ImageSize
 from dsnet.measure.latency import device_name
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
@@ -94,8 +95,8 @@ class Scale:
     path: str | None = None
     """Default folder of the images; `--data` takes precedence. None for data sets that need no
     folder."""
-    image_size: int | None = None
-    """Side in pixels; None for the data set's own."""
+    image_size: ImageSize | None = None
+    """Size of the images; None for the data set's own."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Numbers of images of splits that differ from the data set's default."""
     is_balanced: bool = False

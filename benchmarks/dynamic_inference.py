@@ -51,7 +51,7 @@ from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.routers.gate import GateRouter
 from dsnet.space.route_tree import RouteTree
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from orchestration.commands.planning import prepare_again
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir

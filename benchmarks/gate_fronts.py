@@ -28,7 +28,7 @@ from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.network.supernet import Supernet
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import signed
 from orchestration.commands.planning import prepare_again
 from orchestration.results.run import RunResults

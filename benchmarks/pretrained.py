@@ -38,14 +38,15 @@ from dsnet.files import atomic_write_json, read_json
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.measure.evaluate import measure_subnets
 from dsnet.network.supernet import Supernet
-from dsnet.stored.checkpoint import STRUCTURE, load_supernet
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.stored.names import FINAL, STRUCTURE
 from dsnet.structure.method import StructureProblem
 from dsnet.structure.settings import Order, StructureSettings
 from dsnet.structure.stage import StructureWork
 from dsnet.training.data_defaults import EPOCHS, RATE, WARMUP, WEIGHT_DECAY, DataFacts, data_defaults
 from dsnet.training.settings import TrainSettings
 from dsnet.training.start import lay_out, load_start
-from dsnet.training.supernet import FINAL, train_supernet
+from dsnet.training.supernet import train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.train_cost import BACKWARD, training_madds
 

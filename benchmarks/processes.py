@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +45,18 @@ class Command:
         *arguments: str | Path,
         program: Sequence[str] = PROGRAM,
         python_path: Sequence[Path] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [*program, *map(str, arguments)],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*python_path, REPOSITORY))), MARK: self.mark},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, (*python_path, REPOSITORY))),
+                **(variables or {}),
+                MARK: self.mark,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

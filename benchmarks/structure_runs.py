@@ -27,6 +27,7 @@ from dsnet.data.splits import Splits, splits_of
 from dsnet.data.training_images import TrainingImages
 from dsnet.errors import ConfigError, NonFiniteLossError, StoppedError
 from dsnet.families import layout, rebuild
+from dsnet.image_size import ImageSize
 from dsnet.measure.evaluate import subnet_accuracy
 from dsnet.measure.latency import device_name
 from dsnet.network.supernet import Supernet
@@ -390,8 +391,8 @@ class Trainer:
         return len(self.images.splits.train)
 
     @property
-    def image_size(self) -> int:
-        """Height and width in pixels."""
+    def image_size(self) -> ImageSize:
+        """Size of the images."""
         return self.images.material.task.image_size
 
     def cost(self, run: SupernetRun, subnets: SubnetSet, num_images: int) -> float:

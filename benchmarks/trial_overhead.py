@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from benchmarks.gate_trials import DIGITS, LARGE, Workload, synthetic_table
 from benchmarks.harness import Headline, Options, Report, Samples, Section, in_fresh_process, run_benchmark
 from dsnet.families import layout
-from dsnet.measure.latency import LatencyTable, Timing
+from dsnet.measure.latency_table import LatencyTable, Timing
 from orchestration.config.distribution import Distribution
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig

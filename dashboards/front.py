@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal
 
 import plotly.graph_objects as go
@@ -31,6 +32,7 @@ from dashboards.theme import (
     router_name,
     router_symbol,
 )
+from dashboards.thinning import thinned
 from dsnet.wording import signed
 from search.front.points import METRIC_PREFIX
 
@@ -128,6 +130,25 @@ class FrontPanel:
     @property
     def front(self) -> tuple[DynamicPoint, ...]:
         return tuple(sorted((p for p in self.dynamic if p.is_front), key=lambda p: p.madds_m))
+
+    @cached_property
+    def drawn_infeasible(self) -> tuple[DynamicPoint, ...]:
+        """The infeasible trials that the figure draws."""
+        return _thinned([p for p in self.dynamic if not p.is_front and not p.is_feasible])
+
+    @cached_property
+    def drawn_others(self) -> tuple[DynamicPoint, ...]:
+        """The feasible trials that are not on the front, as far as the figure draws them."""
+        return _thinned([p for p in self.dynamic if not p.is_front and p.is_feasible])
+
+    @property
+    def num_left_out(self) -> int:
+        """Number of trials that the figure leaves out, because others lie beside them."""
+        return len(self.dynamic) - len(self.front) - len(self.drawn_infeasible) - len(self.drawn_others)
+
+
+def _thinned(points: Sequence[DynamicPoint]) -> tuple[DynamicPoint, ...]:
+    return tuple(points[position] for position in thinned([(p.madds_m, p.top1) for p in points]))
 
 
 @dataclass(frozen=True)
@@ -349,6 +370,11 @@ def _subtitle(info: FrontInfo) -> str:
     bars = "bars are 95 % intervals over images"
     if info.further is not None:
         bars = f"the front has the objectives {', '.join(info.objectives)}: a point that seems dominated is better in another; {bars}"
+    if info.chosen.num_left_out:
+        bars += (
+            f"\n{info.chosen.num_left_out:,} of {len(info.chosen.dynamic):,} trials are not drawn, because others lie beside them "
+            "(points.parquet has all)"
+        )
     if info.reported is None:
         return f"{chosen}, not verified yet\n{bars}"
     reported = f"reported on {info.reported.split} (n = {info.reported.num_images:,})"
@@ -417,9 +443,9 @@ def _marks(
 def _background_traces(panel: FrontPanel, cost: Cost, further: Further | None) -> list[go.Scatter]:
     """Traces of the points that are not on the front: infeasible trials, other trials, static
     sub-networks."""
-    trials = [p for p in panel.dynamic if not p.is_front and cost(p) is not None]
-    infeasible = [p for p in trials if not p.is_feasible]
-    others = [p for p in trials if p.is_feasible]
+    infeasible, others = (
+        [p for p in drawn if cost(p) is not None] for drawn in (panel.drawn_infeasible, panel.drawn_others)
+    )
     static = [p for p in panel.static if cost(p) is not None]
     muted = {"color": MUTED, "opacity": 0.4, "size": 6, "symbol": "x-thin", "line": {"width": 1.2, "color": MUTED}}
     faint = {"color": BLUE, "opacity": 0.22, "size": 6, "symbol": [router_symbol(p.router) for p in others]}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 from dashboards.front import Frame, FrontInfo, FrontPanel, Point, front_frame
@@ -29,8 +33,9 @@ def front_picture(info: FrontInfo) -> bytes:
     """
     # Imported here because it is slow; not pyplot, which has global state and may look for a
     # display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with _away_from_home():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     panels, frame = info.panels, front_frame(info)
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DOTS_PER_INCH, layout="constrained")
@@ -43,6 +48,23 @@ def front_picture(info: FrontInfo) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
+
+
+@contextmanager
+def _away_from_home() -> Iterator[None]:
+    """Context manager for the first import of matplotlib, which makes a cache of fonts: in a
+    temporary folder, unless the user names one. The home folder need not be writable, and stays as
+    it is."""
+    variable = "MPLCONFIGDIR"
+    if variable in os.environ or "matplotlib" in sys.modules:
+        yield
+        return
+    with TemporaryDirectory(prefix="matplotlib-") as folder:
+        os.environ[variable] = folder
+        try:
+            yield
+        finally:
+            del os.environ[variable]
 
 
 def _draw(axes: Axes, panel: FrontPanel, frame: Frame) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, dressed, note, plain
+from dashboards.thinning import MAX_POINTS, thinned
 from dsnet.wording import plural
 
 
@@ -97,9 +98,14 @@ def _mark_plateau(figure: go.Figure, info: HypervolumeInfo, num_trials: int) -> 
 
 
 def _line(info: HypervolumeInfo) -> go.Scatter:
+    values = info.hypervolume
+    last = len(values) - 1
+    # Of very many trials, those that begin a step; the others lie on the line.
+    is_long = len(values) > MAX_POINTS
+    steps = [k for k, value in enumerate(values) if not is_long or k in (0, last) or value != values[k - 1]]
     return go.Scatter(
-        x=list(info.slots),
-        y=list(info.hypervolume),
+        x=[info.slots[k] for k in steps],
+        y=[values[k] for k in steps],
         name="static sub-networks and routers",
         mode="lines",
         line={"color": BLUE, "width": 2.5, "shape": "hv"},
@@ -122,12 +128,13 @@ def _marks(
     info: HypervolumeInfo, trials: Sequence[tuple[int, str]], what: str, marker: Mapping[str, Any]
 ) -> go.Scatter:
     height = dict(zip(info.slots, info.hypervolume, strict=True))
+    drawn = [trials[position] for position in thinned([(slot, height[slot]) for slot, _ in trials])]
     return go.Scatter(
-        x=[slot for slot, _ in trials],
-        y=[height[slot] for slot, _ in trials],
-        name=f"{what} trial",
+        x=[slot for slot, _ in drawn],
+        y=[height[slot] for slot, _ in drawn],
+        name=f"{what} trial" + ("" if len(drawn) == len(trials) else f" ({len(drawn):,} of {len(trials):,})"),
         mode="markers",
         marker=marker,
-        text=[f"<b>trial {slot} {what}</b><br>{plain(reason[:160])}" for slot, reason in trials],
+        text=[f"<b>trial {slot} {what}</b><br>{plain(reason[:160])}" for slot, reason in drawn],
         hoverinfo="text",
     )

@@ -35,6 +35,11 @@ class CheckpointError(PreflightError):
     its hash."""
 
 
+class StorageError(PreflightError):
+    """A file or folder cannot be written or read: the disk is full, read-only or failing, the user
+    may not, or the folder is gone. The message names the path."""
+
+
 class TooManyFailedTrialsError(DsnetError):
     """The sweep finished, but more trials failed than the budget allows."""
 
@@ -51,6 +56,10 @@ class StoppedError(DsnetError):
     """The run was asked to stop early; launching again continues."""
 
     exit_code = 6
+
+
+class StorageStoppedError(StoppedError):
+    """A run was stopped by its storage; launching again continues when that is corrected."""
 
 
 class ClusterLostError(StoppedError):

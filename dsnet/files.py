@@ -1,4 +1,7 @@
-"""Atomic writing of files, reading of stored JSON, hashes, and a lock on folders; without torch."""
+"""Atomic writing of files, reading of stored JSON, hashes, and a lock on folders; without torch.
+
+A fault of the disk is a StorageError that names the path, whatever is read or written here.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
+import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -16,7 +23,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from dsnet.errors import CheckpointError, ConfigError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, DsnetError, PreflightError, StorageError
+from dsnet.storage_faults import Action, storage_error
 
 T = TypeVar("T")
 OWN_SHA256: Final = "sha256"
@@ -27,21 +35,76 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` through a synced temporary file in the same folder.
 
     Raises:
-        CheckpointError: The disk is full or the folder cannot be written; the old content stays
+        StorageError: The disk is full or the folder cannot be written; the old content stays
             unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _draft(path)
+    with writing(path):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            _discard(temporary)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context manager for code that writes a file, or files in a folder.
+
+    Raises:
+        StorageError: The block raised the system's error, or that of a library about a fault of the
+            disk.
+    """
+    with _naming(path, "write"):
+        yield
+
+
+@contextmanager
+def _naming(path: Path, action: Action) -> Iterator[None]:
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(_write_failure(path, error)) from error
+        yield
+    except DsnetError:
+        raise
+    except Exception as error:
+        fault = storage_error(error, path, action)
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def append_bytes(path: Path, data: bytes, *, after: int | None = None, is_synced: bool = True) -> None:
+    """Add bytes to the end of a file, which is created if it is missing; its folder is not.
+
+    Args:
+        path: the file.
+        data: whole lines.
+        after: size in bytes of the whole lines before; what follows, such as a line that a killed
+            process began, is cut off first. None: the file is whole.
+        is_synced: whether they are on the disk when this returns.
+
+    Raises:
+        StorageError: They cannot be written; the file holds what it held before.
+    """
+    with writing(path), open(path, "ab", buffering=0) as file:
+        held = os.fstat(file.fileno()).st_size if after is None else after
+        file.truncate(held)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+            if is_synced:
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(
+                OSError
+            ):  # it fits, being shorter; where not even that works, a reader leaves a torn line out
+                file.truncate(held)
+            raise
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -80,7 +143,8 @@ def read_json(path: Path) -> Any:
     """The JSON value stored in `path`.
 
     Raises:
-        CheckpointError: The file is missing, unreadable or incomplete.
+        CheckpointError: The file is missing or incomplete.
+        StorageError: It cannot be read.
     """
     return parse_json(_stored_bytes(path), str(path))
 
@@ -152,12 +216,28 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _stored_bytes(path: Path) -> bytes:
-    try:
+    with reading(path):
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; launch the sweep again, or restore the file.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Context manager for code that reads a stored file.
+
+    Raises:
+        CheckpointError: There is no such file.
+        StorageError: The disk fails, or this user may not read it: the file may be undamaged.
+    """
+    try:
+        with _naming(path, "read"):
+            yield
+    except StorageError as error:
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError | NotADirectoryError):
+            raise CheckpointError(f"{path} is missing; launch the sweep again, or restore the file.") from cause
+        if isinstance(cause, IsADirectoryError):
+            raise CheckpointError(f"{path} cannot be read: {cause.strerror}.") from cause
+        raise
 
 
 def own_digest(content: Mapping[str, Any]) -> str:
@@ -213,25 +293,87 @@ def replacing(path: Path) -> Iterator[Path]:
     """Context manager that replaces a file atomically; it yields a temporary path to write.
 
     At the end of the block the temporary file is synced and renamed to `path`; on any error it is
-    removed. The file has the permissions that the process's umask gives.
+    removed. The file has the permissions that the process's umask gives. A missing folder is
+    created, but not the folder above it.
 
     Raises:
-        CheckpointError: as `atomic_write_bytes`.
+        StorageError: as `atomic_write_bytes`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = _usual_mode(temporary)
-        yield temporary
-        os.chmod(temporary, mode)  # safetensors makes files that only their owner may read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise CheckpointError(_write_failure(path, error)) from error
-    finally:
+    temporary = _draft(path)
+    with writing(path):
+        try:
+            path.parent.mkdir(exist_ok=True)  # no further: the folder of a run that was deleted stays deleted
+            mode = _usual_mode(temporary)
+            yield temporary
+            os.chmod(temporary, mode)  # safetensors makes files that only their owner may read
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            _discard(temporary)
+
+
+def _discard(temporary: Path) -> None:
+    """Remove a temporary file. What keeps it from being removed has been reported by then: the
+    folder is gone or became read-only."""
+    with suppress(OSError):
         temporary.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    """A new name for a file that replaces `path` when it is complete."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_drafts(folder: Path, min_age_s: float = 0.0) -> list[Path]:
+    """Remove what killed processes of this program were writing: files and folders below `folder`
+    whose names hold the id of a process that no longer runs here. Symbolic links are not followed.
+
+    Args:
+        folder: a folder that no other driver works in.
+        min_age_s: age from which they are removed; more than 0 where processes of other machines,
+            whose ids say nothing here, may be writing.
+
+    Returns:
+        the removed paths.
+    """
+    removed = []
+    for parent, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(parent, name)
+            found = _DRAFT.fullmatch(name) or (_DRAFT_FOLDER.fullmatch(name) if name in folders else None)
+            if found is None or _is_alive(int(found["pid"])) or _age_s(path) < min_age_s:
+                continue
+            with suppress(OSError):  # it stays: nothing reads it
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                removed.append(path)
+        folders[:] = [name for name in folders if not _DRAFT_FOLDER.fullmatch(name)]
+    return removed
+
+
+_DRAFT = re.compile(
+    r"\.(?:.+\.(?=\d+(?:-[0-9a-f]{8}\.tmp|\.partial)$)|driver\.lock\.(?=\d+$))(?P<pid>\d+)(?:-[0-9a-f]{8}\.tmp|\.partial)?"
+)
+_DRAFT_FOLDER = re.compile(r"\..+\.(?P<pid>\d+)\.tmp")
+"""Names of unfinished files and folders, with the id of the process that writes them."""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.lstat().st_mtime
+    except OSError:
+        return math.inf  # it is gone
 
 
 def _usual_mode(path: Path) -> int:
@@ -246,13 +388,10 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex.
 
     Raises:
-        CheckpointError: The file cannot be read.
+        CheckpointError, StorageError: as `reading`.
     """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def known_sha256(path: Path) -> str:
@@ -260,12 +399,10 @@ def known_sha256(path: Path) -> str:
     modification time or the file itself has changed.
 
     Raises:
-        CheckpointError: The file cannot be read.
+        CheckpointError, StorageError: as `reading`.
     """
-    try:
+    with reading(path):
         facts = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     return _sha256_of(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
@@ -279,13 +416,11 @@ def set_aside(path: Path) -> Path:
     """Rename a damaged file to `NAME.damaged-1`, or the next free number; returns the new path.
 
     Raises:
-        CheckpointError: It cannot be renamed.
+        StorageError: It cannot be renamed.
     """
     kept = damaged_name(path)
-    try:
+    with writing(kept):
         path.rename(kept)
-    except OSError as error:
-        raise CheckpointError(f"cannot rename {path} to {kept.name}: {error.strerror}.") from error
     return kept
 
 
@@ -313,12 +448,11 @@ def exclusive(folder: Path) -> Iterator[None]:
     is not re-entrant.
 
     Raises:
-        PreflightError: The folder is missing, or its file system has no locks.
+        StorageError: The folder is missing or cannot be opened.
+        PreflightError: Its file system has no locks.
     """
-    try:
+    with _naming(folder, "use"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise PreflightError(f"cannot open the folder {folder}: {error.strerror}.") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -343,10 +477,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _write_failure(path: Path, error: OSError) -> str:
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"cannot write {path}: {reason}. Free some space and launch again; an earlier version of the file is unchanged."
-    return f"cannot write {path}: {reason}. An earlier version of the file is unchanged."

@@ -33,7 +33,7 @@ class Metric:
     is_share: bool = False
     """Whether it is a fraction from 0 to 1, shown in percent; otherwise any number from 0 on."""
     of_run: Callable[[Any, Any], float] | None = None
-    """`of_run(run, table)`: its value for a `dsnet.routing.table_routing.TableRun` on the
+    """`of_run(run, table)`: its value for a `dsnet.routing.table_run.TableRun` on the
     `dsnet.routing.routing_table.RoutingTable` of a split. A static sub-network is the run in which
     every image takes its route. None for metrics that the program computes elsewhere."""
 
@@ -105,7 +105,7 @@ def top1_by_class(run: Any, table: Any) -> dict[int, tuple[int, float]]:
     """Label -> (number of images, top-1) of the classes that have images in the table.
 
     Args:
-        run: A `dsnet.routing.table_routing.TableRun`.
+        run: A `dsnet.routing.table_run.TableRun`.
         table: The `dsnet.routing.routing_table.RoutingTable` that was routed.
     """
     import numpy as np  # here: commands that compute nothing read this module too

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cache
+from itertools import repeat
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -158,8 +159,13 @@ def _test(wanted: Any) -> Test:
     if get_origin(base) is Literal:
         tests.append(get_args(base).__contains__)
     if get_origin(base) is tuple:
-        of_item = _test(get_args(base)[0])
-        tests.append(lambda value: all(map(of_item, value)))
+        *of_items, last = get_args(base)
+        if last is Ellipsis:
+            of_item = _test(of_items[0])
+            tests.append(lambda value: all(map(of_item, value)))
+        else:
+            of_each = [_test(item) for item in (*of_items, last)]
+            tests.append(lambda value: all(test(item) for test, item in zip(of_each, value, strict=True)))
     if len(tests) == 1:
         return tests[0]
     return lambda value: all(test(value) for test in tests)
@@ -228,11 +234,13 @@ def alternatives(wanted: Any) -> tuple[Any, ...]:
 
 
 def split_bounds(wanted: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type without its bounds, and its bounds (`annotated_types`, `OneOf`)."""
-    if get_origin(wanted) is not Annotated:
-        return wanted, ()
-    base, *bounds = get_args(wanted)
-    return base, tuple(part for each in bounds for part in (each if isinstance(each, GroupedMetadata) else (each,)))
+    """A type without its bounds, and its bounds (`annotated_types`, `OneOf`); the length of a tuple
+    of several types is one."""
+    base, *bounds = get_args(wanted) if get_origin(wanted) is Annotated else (wanted,)
+    found = tuple(part for each in bounds for part in (each if isinstance(each, GroupedMetadata) else (each,)))
+    if get_origin(base) is tuple and (types_of_items := get_args(base))[-1] is not Ellipsis:
+        found = (MinLen(len(types_of_items)), MaxLen(len(types_of_items)), *found)
+    return base, found
 
 
 def _is_union(wanted: Any) -> bool:
@@ -246,9 +254,10 @@ def _choices(base: Any, bounds: Sequence[Any]) -> Sequence[str] | None:
 
 
 def _items(value: object, base: Any) -> Iterator[tuple[object, Any]]:
-    """The items of a value with their type, if the type is tuple[X, ...]; else none."""
-    if get_origin(base) is tuple and get_args(base)[-1] is Ellipsis and isinstance(value, list | tuple):
-        yield from ((item, get_args(base)[0]) for item in value)
+    """The items of a value with their types, if the type is a tuple; else none."""
+    if get_origin(base) is tuple and isinstance(value, list | tuple):
+        kinds = get_args(base)
+        yield from zip(value, repeat(kinds[0]) if kinds[-1] is Ellipsis else kinds, strict=False)
 
 
 def _limits(bounds: Sequence[Any], value: object = None) -> str:

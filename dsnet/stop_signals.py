@@ -21,14 +21,18 @@ class StopRequest:
         self.handled: signal.Signals | None = None
         """The first signal whose handler has run."""
         self._arrived: signal.Signals | None = None
-        self._also = also
+        self._sources = [also]
         self._pipe: int | None = None
         self._lock = threading.Lock()
+
+    def add(self, source: Callable[[], bool]) -> None:
+        """Ask another source too, from now on."""
+        self._sources.append(source)
 
     def __call__(self) -> bool:
         """Whether a signal has arrived or the other source (a stop file, a deadline) requests a
         stop."""
-        return self.signal is not None or self._also()
+        return self.signal is not None or any(source() for source in self._sources)
 
     @property
     def signal(self) -> signal.Signals | None:

@@ -15,8 +15,10 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
-from dsnet.errors import DsnetError, StoppedError
+from dsnet.errors import DsnetError, StoppedError, StorageError
+from dsnet.image_size import ImageSize, normal_size
 from dsnet.import_path import ALLOW_IMPORTS
+from dsnet.storage_faults import disk_error, storage_error
 from orchestration.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from orchestration.config.sweep import SweepConfig
     from orchestration.runs.folder import RunDir
 
+MAX_DIGITS = 9
+"""Digits of a number of pixels on the command line; the settings' own limit is far below."""
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -49,6 +53,14 @@ def _shares(_: click.Context, __: click.Parameter, text: str | None) -> tuple[fl
     if not all(0 < share <= 1 for share in found):
         raise click.BadParameter(f"{text!r} is not a list of shares above 0 and at most 1, such as 0.3,0.6,1")
     return found
+
+
+def _image_size(_: click.Context, __: click.Parameter, text: str) -> ImageSize:
+    """The size that a number or HEIGHTxWIDTH stands for."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) <= MAX_DIGITS for side in sides):
+        raise click.BadParameter(f"{text!r} is not a number of pixels or HEIGHTxWIDTH, such as 224 or 192x256")
+    return int(sides[0]) if len(sides) == 1 else normal_size([int(side) for side in sides])
 
 
 IMPORTS = click.option(
@@ -117,6 +129,7 @@ def main() -> None:
     fix_arithmetic()
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()  # a full disk behind a redirection is noticed here
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
@@ -130,17 +143,44 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of the pipe has ended; this is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(0)
-    except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        click.echo(
-            f"internal error: {type(error).__name__}: {error}\nThis is a bug in dsnet-orch. Set {DEBUG_VARIABLE}=1 to see the traceback.",
-            err=True,
-        )
-        sys.exit(EXIT_INTERNAL)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
+        sys.exit(_other_error(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _other_error(error: Exception) -> int:
+    """Report an error that is not of ours; returns the exit code."""
+    fault = _stdout_fault(error) or storage_error(error)
+    if fault is not None:
+        _fail(fault)
+        return fault.exit_code
+    if os.environ.get(DEBUG_VARIABLE):
+        raise error
+    click.echo(
+        f"internal error: {type(error).__name__}: {error}\nThis is a bug in dsnet-orch. Set {DEBUG_VARIABLE}=1 to see the traceback.",
+        err=True,
+    )
+    return EXIT_INTERNAL
+
+
+def _stdout_fault(error: Exception) -> StorageError | None:
+    """The fault of storage for which stdout cannot be written, if that is the error; what stdout
+    still holds is dropped then, or Python would fail again at its end."""
+    if not isinstance(error, OSError) or error.filename is not None or disk_error(error) is None:
+        return None
+    try:
+        os.write(sys.stdout.fileno(), b"\n")  # the error does not say which file it is about
+    except OSError as again:
+        if again.errno == error.errno:
+            _drop_stdout()
+            return storage_error(error, Path("/dev/stdout"), "write")
+    return None
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: DsnetError) -> None:
@@ -201,7 +241,8 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
     from orchestration.pipeline.launch import check_failures
     from orchestration.progress import TerminalProgress
     from orchestration.supernets.launch import launch_sweep
-    from orchestration.workers.last_resort import ended_in_time
+    from orchestration.workers.last_resort import end_if_left_open, ended_in_time
+    from orchestration.workers.runtime import is_left_open
 
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
@@ -216,7 +257,12 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
         try:
             result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
         except (StoppedError, KeyboardInterrupt) as error:
-            return ending.tell(error)
+            return end_if_left_open(ending.tell(error))
+        except DsnetError as error:
+            if is_left_open():
+                _fail(error)
+                end_if_left_open(error.exit_code)
+            raise
     sweep_of(result.results).show_launch(result.bundles)
     check_failures(result.results)
     return 0
@@ -362,7 +408,13 @@ def init(
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write [default: named after the file].")
 @click.option("--name", help="Name of the sweep [default: name of the folder].")
 @click.option("--classes", type=click.IntRange(min=1), help="Number of classes [default: that of the checkpoint].")
-@click.option("--image-size", default=224, show_default=True, help="Height and width of the images in pixels.")
+@click.option(
+    "--image-size",
+    callback=_image_size,
+    default="224",
+    show_default=True,
+    help="Side of the images in pixels, or HEIGHTxWIDTH, such as 192x256.",
+)
 @click.option("--ema", is_flag=True, help="Use the exponential moving average of the weights (state_dict_ema).")
 @click.option(
     "--data", help="Folder of held-out images with one folder per class [default: $DSNET_DATA, or `launch --data`]."

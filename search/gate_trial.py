@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dsnet.gates.fit import GateFit, fit_gates
 from dsnet.gates.problem import beam
 from dsnet.gates.settings import GateSettings
-from dsnet.measure.latency import BatchClock, LatencyTable, latency_metric
+from dsnet.measure.latency_table import BatchClock, LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routers.base import Router
 from dsnet.routers.kinds import router_from_arrays

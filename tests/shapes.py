@@ -102,8 +102,10 @@ def functions_of(value: Any) -> list[FunctionType]:
 
 
 def evaluated(annotation: Any, module: ModuleType) -> Any:
-    """An annotation as an object; a string is evaluated in the names of its module."""
-    return eval(annotation, vars(module)) if isinstance(annotation, str) else annotation  # noqa: S307 - our source
+    """An annotation as an object; a string is evaluated in the names of its module, and in torch's
+    where the module imports them for type checkers alone."""
+    names = {"torch": torch, "Tensor": torch.Tensor, **vars(module)}
+    return eval(annotation, names) if isinstance(annotation, str) else annotation  # noqa: S307 - our source
 
 
 def names_shape(annotation: Any) -> bool:

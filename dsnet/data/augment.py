@@ -96,9 +96,9 @@ def apply_augmentation(
     random erasing.
     """
     if draw.crop is not None and augmentation.crop_scale is not None:
-        images = resize_crops(
-            images, crop_boxes(draw.crop, (images.shape[2], images.shape[3]), augmentation.crop_scale)
-        )
+        height, width = images.shape[2:]
+        boxes = crop_boxes(draw.crop, (height, width), augmentation.crop_scale, width / height)
+        images = resize_crops(images, boxes)
     images = _crop_and_mirror(images, draw, augmentation)
     if draw.randaugment is not None:
         images = apply_randaugment(images, draw.randaugment, augmentation.randaugment_magnitude)

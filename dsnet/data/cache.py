@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dsnet.data.images import ImageSet
+from dsnet.errors import StorageError
 from dsnet.files import atomic_write_text
 
 CACHE_VARIABLE = "DSNET_CACHE"
@@ -73,19 +74,19 @@ class ImageCache:
             if isinstance(found, dict):
                 return found
         except (OSError, ValueError) as error:
-            if path.exists():
+            if os.path.exists(path):  # unlike Path.exists it is False where this user may not look
                 _log.info("%s cannot be read and is made again: %s", path, error)
         made = make()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(path, json.dumps(made))
-        except OSError as error:
+        except (OSError, StorageError) as error:
             _log.warning("not cached, the next start computes it again: %s: %s", path, error)
         return made
 
 
 def _read(path: Path) -> ImageSet | None:
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists it is False where this user may not look
         return None
     try:
         with safe_open(path, framework="pt") as file:

@@ -16,6 +16,7 @@ from dsnet.data.location import data_root
 from dsnet.data.parquet_files import find_parquet_files, parquet_key
 from dsnet.data.settings import FileOptions
 from dsnet.errors import DataError
+from dsnet.image_size import ImageSize
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """Class names in label order."""
@@ -48,7 +49,7 @@ _SUBFOLDERS = (
 )
 
 
-def load(path: str | Path | None, _image_size: int | None, _options: FileOptions) -> ImageSet:
+def load(path: str | Path | None, _image_size: ImageSize | None, _options: FileOptions) -> ImageSet:
     """The loader of the registry."""
     return load_cifar10(path)
 

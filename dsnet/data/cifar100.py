@@ -13,6 +13,7 @@ from dsnet.data.images import ImageSet
 from dsnet.data.location import data_root
 from dsnet.data.settings import FileOptions
 from dsnet.errors import DataError
+from dsnet.image_size import ImageSize
 
 BATCHES = BatchLayout(
     title="CIFAR-100",
@@ -29,7 +30,7 @@ BATCHES = BatchLayout(
 _SUBFOLDERS = ("", BATCHES.folder, "cifar100", f"cifar100/{BATCHES.folder}")
 
 
-def load(path: str | Path | None, _image_size: int | None, _options: FileOptions) -> ImageSet:
+def load(path: str | Path | None, _image_size: ImageSize | None, _options: FileOptions) -> ImageSet:
     """The loader of the registry."""
     return load_cifar100(path)
 

@@ -1,4 +1,4 @@
-"""Decoding of image files to RGB, and centred square crops of a given size.
+"""Decoding of image files to RGB, and centred crops of a given size.
 
 One rule holds wherever an image is read: in training, in evaluation, for photos at prediction and
 in a server. The file may be in any format that Pillow reads, whatever its suffix. The first frame
@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsnet.errors import DataError
+from dsnet.image_size import ImageSize, height_and_width, shorter_side
 from dsnet.wording import size as size_text
 
 MAX_PIXELS = 2**27
@@ -228,18 +229,28 @@ def planes(image: Image.Image, channels: int) -> UInt8[np.ndarray, "channels hei
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def centre_square(image: Image.Image, image_size: int, crop_fraction: float = 1.0) -> Image.Image:
-    """The centre crop that evaluation uses, `image_size` pixels high and wide.
+def centre_crop(image: Image.Image, image_size: ImageSize, crop_fraction: float = 1.0) -> Image.Image:
+    """The centre crop that evaluation uses, of the size `image_size`.
 
-    The shorter side is resized (antialiased bilinear) to image_size / crop_fraction pixels,
-    rounded, and a square of `image_size` is cut out of the centre, both in one step: the centre may
-    lie between two pixels.
+    The image is resized (antialiased bilinear), with its shape kept, until it just covers
+    `image_size` / crop_fraction, and `image_size` is cut out of the centre, both in one step: the
+    centre may lie between two pixels. For a square that means that the shorter side is resized to
+    image_size / crop_fraction pixels, rounded; else the shorter side of `image_size` is what is
+    divided and rounded.
 
     Args:
         image: The image, of any size.
-        image_size: Height and width in pixels.
-        crop_fraction: The share of the shorter side that is kept, (0, 1]; models for ImageNet are
-            often evaluated with 0.875.
+        image_size: The size of the result.
+        crop_fraction: The share that is kept of the side that just fits, (0, 1]; models for
+            ImageNet are often evaluated with 0.875.
     """
-    cut_off = (1 - image_size / round(image_size / crop_fraction)) / 2  # at each edge
-    return ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.BILINEAR, bleed=cut_off)
+    cut_off = (1 - kept_share(image_size, crop_fraction)) / 2  # at each edge
+    height, width = height_and_width(image_size)
+    return ImageOps.fit(image, (width, height), method=Image.Resampling.BILINEAR, bleed=cut_off)
+
+
+def kept_share(image_size: ImageSize, crop_fraction: float) -> float:
+    """The share that `centre_crop` keeps of the side that just fits: about `crop_fraction`, so that
+    whole pixels are cut off."""
+    side = shorter_side(image_size)
+    return side / round(side / crop_fraction)

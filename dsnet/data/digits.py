@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dsnet.data.images import ImageSet
 from dsnet.data.settings import FileOptions
 from dsnet.errors import ConfigError
+from dsnet.image_size import ImageSize
 
 IMAGE_SIZE = 8
 _LARGEST_VALUE = 16  # the scans hold 0..16
@@ -21,7 +22,7 @@ _FILE = ("datasets", "data", "digits.csv.gz")
 digit."""
 
 
-def load(path: str | Path | None, _image_size: int | None, _options: FileOptions) -> ImageSet:
+def load(path: str | Path | None, _image_size: ImageSize | None, _options: FileOptions) -> ImageSet:
     """The loader of the registry."""
     return load_digits(path)
 

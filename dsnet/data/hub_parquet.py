@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from dsnet.data.cache import ImageCache, default_cache_folder
-from dsnet.data.decoding import centre_square, decode_rgb, is_stored_grey, planes
+from dsnet.data.decoding import centre_crop, decode_rgb, is_stored_grey, planes
 from dsnet.data.images import ImageSet
 from dsnet.data.layouts import part_of
 from dsnet.data.location import data_root
 from dsnet.data.parquet_files import check_shards, class_label_names, parquet_key, parquet_schema, read_table
 from dsnet.data.settings import CHANNELS, Columns, FileOptions, Part
 from dsnet.errors import ConfigError, DataError
+from dsnet.image_size import ImageSize, height_and_width, image_size_of, size_in_words
 from dsnet.wording import plural, way_out
 
 if TYPE_CHECKING:
@@ -65,14 +66,14 @@ class _Chosen:
     """Other columns that could be the labels."""
 
 
-def load(path: str | Path | None, image_size: int | None, options: FileOptions) -> ImageSet:
+def load(path: str | Path | None, image_size: ImageSize | None, options: FileOptions) -> ImageSet:
     """The loader of the registry."""
     return load_parquet(path, image_size, options)
 
 
 def load_parquet(
     path: str | Path | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     options: FileOptions | None = None,
     cache: ImageCache | None = None,
 ) -> ImageSet:
@@ -81,8 +82,8 @@ def load_parquet(
     Args:
         path: The folder with the files, one above it, or one file; None: the folder in the
             environment variable DSNET_DATA.
-        image_size: Height and width in pixels; None: as stored, if all images are equally large
-            squares. Others are cropped to the square in their centre.
+        image_size: Size of the images, to which others are cropped and resized as by `centre_crop`;
+            None: as stored, if all are equally large.
         options: The names of the columns, and `colour`; None for it: grey if all images are stored
             in grey, else rgb.
         cache: Cache of decoded pixels; None: the user's cache folder.
@@ -260,7 +261,7 @@ class _Row:
     where: str
 
 
-def _decode(files: _Files, chosen: _Chosen, image_size: int | None, channels: int | None) -> ImageSet:
+def _decode(files: _Files, chosen: _Chosen, image_size: ImageSize | None, channels: int | None) -> ImageSet:
     parts = {part: list(_rows(members, chosen)) for part, members in files.parts.items()}
     parts = {part: rows for part, rows in parts.items() if part == "train" or not _is_unlabelled(rows)}
     rows = [row for part in parts.values() for row in part]
@@ -325,20 +326,21 @@ def _labels(rows: Sequence[_Row], chosen: _Chosen) -> tuple[np.ndarray, tuple[st
     return np.array([number[row.label] for row in rows], dtype=np.int64), tuple(map(str, values))
 
 
-def _pixels(rows: Sequence[_Row], image_size: int | None, channels: int) -> np.ndarray:
-    """uint8 [N, channels, size, size]."""
+def _pixels(rows: Sequence[_Row], image_size: ImageSize | None, channels: int) -> np.ndarray:
+    """uint8 [N, channels, height, width]."""
     size = image_size
     pixels = np.empty(0, dtype=np.uint8)
     for index, row in enumerate(rows):
         image = decode_rgb(row.content, row.where)
+        own = image_size_of((image.height, image.width))
         if size is None:
-            size = image.width
-        if image_size is None and image.size != (size, size):
+            size = own
+        if image_size is None and own != size:
             raise ConfigError(
-                f"data.image_size must be set (e.g. 32): {row.where}: the image has {image.width} x {image.height} pixels, the first one "
-                f"is {size} wide, and only squares of one size can be used as they are"
+                f"data.image_size must be set (e.g. 32, or [24, 48] for height and width): {row.where}: the image has "
+                f"{size_in_words(own)}, the first one {size_in_words(size)}, and only images of one size can be used as they are"
             )
         if index == 0:
-            pixels = np.empty((len(rows), channels, size, size), dtype=np.uint8)
-        pixels[index] = planes(centre_square(image, size), channels)
+            pixels = np.empty((len(rows), channels, *height_and_width(size)), dtype=np.uint8)
+        pixels[index] = planes(centre_crop(image, size), channels)
     return pixels

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from dsnet.data.cache import ImageCache, default_cache_folder
-from dsnet.data.decoding import centre_square, check_regular, planes, read_rgb
+from dsnet.data.decoding import centre_crop, check_regular, planes, read_rgb
 from dsnet.data.images import ImageSet
 from dsnet.data.label_tables import layout_of_table
 from dsnet.data.layouts import Layout, find_layout
@@ -30,6 +30,7 @@ from dsnet.data.prefetch import in_order
 from dsnet.data.registry import DEFAULT_OPTIONS, IMAGE_FOLDER
 from dsnet.data.settings import CHANNELS, FileOptions
 from dsnet.errors import ConfigError, DataError
+from dsnet.image_size import ImageSize, height_and_width
 
 _KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
 _NUM_AHEAD = 64  # maximum number of decoded images that wait to be collected
@@ -148,19 +149,19 @@ class FolderListing:
 
 def load_image_folder(
     path: str | Path | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     cache: ImageCache | None = None,
     crop_fraction: float = 1.0,
     options: FileOptions = DEFAULT_OPTIONS,
 ) -> ImageSet:
-    """Load a folder of images as uint8 [N, channels, image_size, image_size].
+    """Load a folder of images as uint8 [N, channels, height, width].
 
     Classes are sorted by name, and so are the images of a class; parts follow each other in the
     order train, val, test. Images are decoded as by `decode_file`.
 
     Args:
         path: The root folder; None: the folder in the environment variable DSNET_DATA.
-        image_size: Height and width in pixels; required, since the files vary in size.
+        image_size: Size of the decoded images; required, since the files vary in size.
         cache: Cache of decoded pixels; None: the user's cache folder.
         crop_fraction: As for `decode_file`.
         options: Which files are images, and how many may be broken.
@@ -182,12 +183,12 @@ def load_image_folder(
     return replace(images, notes=listing.in_words())
 
 
-def load(path: str | Path | None, image_size: int | None, options: FileOptions) -> ImageSet:
+def load(path: str | Path | None, image_size: ImageSize | None, options: FileOptions) -> ImageSet:
     """The loader of the registry."""
     return load_image_folder(path, image_size, options=options)
 
 
-def required_size(image_size: int | None) -> int:
+def required_size(image_size: ImageSize | None) -> ImageSize:
     """Return `image_size`, which an image folder requires.
 
     Raises:
@@ -195,7 +196,8 @@ def required_size(image_size: int | None) -> int:
     """
     if image_size is None:
         raise ConfigError(
-            "data.image_size must be set for the data set 'image_folder' (e.g. 32): its files vary in size"
+            "data.image_size must be set for the data set 'image_folder' (e.g. 32, or [24, 48] for height and width): its files vary in "
+            "size"
         )
     return image_size
 
@@ -300,23 +302,23 @@ def _broken_images(listing: FolderListing, unreadable: Mapping[int, DataError]) 
 def decode_images(
     listing: FolderListing,
     ids: Sequence[int] | Int64[np.ndarray, " images"],
-    image_size: int,
+    image_size: ImageSize,
     cache: ImageCache | None = None,
     num_threads: int = 2,
     crop_fraction: float = 1.0,
-) -> UInt8[Tensor, "images channels size size"]:
+) -> UInt8[Tensor, "images channels height width"]:
     """Decode selected images of a folder for evaluation; the result is cached.
 
     Args:
         listing: The folder.
         ids: Ids of the images, at least one.
-        image_size: Height and width in pixels.
+        image_size: Size of the decoded images.
         cache: Cache of decoded pixels; None: the user's cache folder.
         num_threads: Decoding threads, >= 1.
         crop_fraction: As for `decode_file`.
 
     Returns:
-        uint8 [len(ids), channels, image_size, image_size], in the order of `ids`.
+        uint8 [len(ids), channels, height, width], in the order of `ids`.
 
     Raises:
         DataError: A file does not decode; the message names it.
@@ -331,24 +333,23 @@ def decode_images(
 
 
 def decode_file(
-    file: Path, image_size: int, crop_fraction: float = 1.0, channels: int = 3
-) -> UInt8[np.ndarray, "channels size size"]:
-    """Decode one image for evaluation: uint8 [channels, image_size, image_size], cropped by
-    `centre_square`.
+    file: Path, image_size: ImageSize, crop_fraction: float = 1.0, channels: int = 3
+) -> UInt8[np.ndarray, "channels height width"]:
+    """Decode one image for evaluation: uint8 [channels, height, width], cropped by `centre_crop`.
 
     Args:
         file: An image file in any format that Pillow reads.
-        image_size: Height and width in pixels.
-        crop_fraction: Share of the shorter side that is kept, (0, 1].
+        image_size: Size of the decoded images.
+        crop_fraction: As for `centre_crop`.
         channels: 3: RGB; 1: grey.
 
     Raises:
         DataError: The file cannot be read or does not decode; the message names it.
     """
-    return planes(centre_square(read_rgb(file), image_size, crop_fraction), channels)
+    return planes(centre_crop(read_rgb(file), image_size, crop_fraction), channels)
 
 
-def _cache_key(listing: FolderListing, image_size: int, crop_fraction: float, content: list[object]) -> str:
+def _cache_key(listing: FolderListing, image_size: ImageSize, crop_fraction: float, content: list[object]) -> str:
     crop: list[object] = [] if crop_fraction == 1 else ["crop_fraction", crop_fraction]
     return _digest([_KEY_VERSION, PIL.__version__, str(listing.root.resolve()), image_size, *crop, *content])
 
@@ -358,9 +359,9 @@ def _digest(content: list[object]) -> str:
 
 
 def _decode(
-    listing: FolderListing, ids: np.ndarray, image_size: int, crop_fraction: float, num_threads: int
+    listing: FolderListing, ids: np.ndarray, image_size: ImageSize, crop_fraction: float, num_threads: int
 ) -> ImageSet:
-    pixels = np.empty((len(ids), listing.channels, image_size, image_size), dtype=np.uint8)
+    pixels = np.empty((len(ids), listing.channels, *height_and_width(image_size)), dtype=np.uint8)
     files = [listing.files[row] for row in ids.tolist()]
     decode = partial(_decoded_or_error, image_size=image_size, crop_fraction=crop_fraction, channels=listing.channels)
     broken: list[DataError] = []
@@ -377,7 +378,7 @@ def _decode(
     return ImageSet.create(IMAGE_FOLDER, torch.from_numpy(pixels), labels, listing.class_names, *parts)
 
 
-def _decoded_or_error(file: Path, image_size: int, crop_fraction: float, channels: int) -> np.ndarray | DataError:
+def _decoded_or_error(file: Path, image_size: ImageSize, crop_fraction: float, channels: int) -> np.ndarray | DataError:
     """The decoded image, or the error as a value, so that one message can list all broken files."""
     try:
         return decode_file(file, image_size, crop_fraction, channels)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
+from dsnet.image_size import ImageSize, height_and_width
+
 _RESIZE_CHUNK = 1024  # images held as float32 at a time while resizing
 
 
@@ -89,10 +91,10 @@ class ImageSet:
         _, channels, height, width = self.images.shape
         return channels, height, width
 
-    def resized(self, image_size: int) -> ImageSet:
-        """The set resized to `image_size` x `image_size` pixels (antialiased bilinear); itself if
-        it has that size."""
-        if self.image_shape[1:] == (image_size, image_size):
+    def resized(self, image_size: ImageSize) -> ImageSet:
+        """The set resized to `image_size` (antialiased bilinear), whatever the shape of its images;
+        itself if it has that size."""
+        if self.image_shape[1:] == height_and_width(image_size):
             return self
         images = resize_images(self.images, image_size)
         resized = ImageSet.create(
@@ -102,15 +104,15 @@ class ImageSet:
 
 
 def resize_images(
-    images: UInt8[Tensor, "images channels height width"], image_size: int
-) -> UInt8[Tensor, "images channels size size"]:
-    """Resize uint8 [N, C, H, W] to uint8 [N, C, image_size, image_size], antialiased bilinear,
-    rounded."""
+    images: UInt8[Tensor, "images channels height width"], image_size: ImageSize
+) -> UInt8[Tensor, "images channels new_height new_width"]:
+    """Resize uint8 [N, C, H, W] to `image_size`, antialiased bilinear, rounded."""
+    size = height_and_width(image_size)
     channels = images.shape[1]
-    resized = torch.empty((len(images), channels, image_size, image_size), dtype=torch.uint8)
+    resized = torch.empty((len(images), channels, *size), dtype=torch.uint8)
     for start in range(0, len(images), _RESIZE_CHUNK):
         chunk = images[start : start + _RESIZE_CHUNK].float()
-        pixels = F.interpolate(chunk, size=(image_size, image_size), mode="bilinear", antialias=True)
+        pixels = F.interpolate(chunk, size=size, mode="bilinear", antialias=True)
         resized[start : start + _RESIZE_CHUNK] = pixels.round_().clamp_(0, 255).to(torch.uint8)
     return resized
 

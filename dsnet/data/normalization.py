@@ -1,5 +1,5 @@
 """Normalisation of pixels to network inputs, identical in training, in the routing table and in a
-loaded bundle."""
+loaded bundle. Torch is imported when images are normalised: records of it are read without."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float32, UInt8
-from torch import Tensor
 
 from dsnet.data.settings import LARGEST_PIXEL, WrittenNormalization
 from dsnet.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _NUM_VALUES = LARGEST_PIXEL + 1
 _DIGITS = 9
@@ -79,6 +81,8 @@ class Normalization:
         Raises:
             DataError: The images are not uint8 or have another number of channels.
         """
+        import torch
+
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != len(self.mean):
             raise DataError(
                 f"images must be uint8 [batch, {len(self.mean)}, height, width], "
@@ -108,10 +112,14 @@ class Normalization:
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """float32 [C, 1, 1] on the device; cached, since a copy in every step would make the device
     wait for the host."""
+    import torch
+
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _mean_and_std(channel: Tensor) -> tuple[float, float]:
+    import torch
+
     counts = torch.bincount(channel.flatten(), minlength=_NUM_VALUES).tolist()
     num_pixels = sum(counts)
     total = sum(value * count for value, count in enumerate(counts))

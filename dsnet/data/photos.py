@@ -12,30 +12,31 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from dsnet.data.decoding import centre_square, decode_rgb, image_suffixes, planes, read_rgb
+from dsnet.data.decoding import centre_crop, decode_rgb, image_suffixes, planes, read_rgb
 from dsnet.data.images import resize_images
 from dsnet.data.registry import native_image_size
 from dsnet.errors import DataError
+from dsnet.image_size import ImageSize, image_size_of, normal_size
 
 
 @dataclass(frozen=True)
 class PhotoDecoder:
     """Decodes photo files of any size to images of one size.
 
-    A photo is turned upright (EXIF) and converted to RGB, and its centre square is resized to
-    `native_size`; it becomes grey where the network takes one channel. If the run resized a data
-    set whose images have a fixed size, the photo is resized from `native_size` to `image_size` in a
-    second step, as those images were.
+    A photo is turned upright (EXIF) and converted to RGB, and its centre is resized to
+    `native_size` (`centre_crop`); it becomes grey where the network takes one channel. If the run
+    resized a data set whose images have a fixed size, the photo is resized from `native_size` to
+    `image_size` in a second step, as those images were.
     """
 
     channels: int
     """3: RGB; 1: grey."""
-    native_size: int
-    """Height and width in pixels of the data set's images before any resizing."""
-    image_size: int
-    """Height and width in pixels of the network's input."""
+    native_size: ImageSize
+    """Size of the data set's images before any resizing."""
+    image_size: ImageSize
+    """Size of the network's input."""
     crop_fraction: float = 1.0
-    """Share of the shorter side that is kept, (0, 1]."""
+    """See `centre_crop`."""
 
     @classmethod
     def of_data(cls, name: str, image_shape: tuple[int, int, int], crop_fraction: float = 1.0) -> PhotoDecoder:
@@ -49,13 +50,13 @@ class PhotoDecoder:
         Raises:
             DataError: The images are neither RGB nor grey.
         """
-        channels, image_size, _ = image_shape
+        channels, image_size = image_shape[0], image_size_of(image_shape)
         if channels not in (1, 3):
             raise DataError(f"{name}: its images have {channels} channels; photos are decoded to 3 (RGB) or 1 (grey)")
         return cls(channels, native_image_size(name) or image_size, image_size, crop_fraction)
 
-    def __call__(self, file: Path) -> UInt8[Tensor, "channels size size"]:
-        """Decode one photo to uint8 [channels, image_size, image_size].
+    def __call__(self, file: Path) -> UInt8[Tensor, "channels height width"]:
+        """Decode one photo to uint8 [channels, height, width].
 
         Raises:
             DataError: The file cannot be read or is no image that Pillow reads; the message names
@@ -63,7 +64,7 @@ class PhotoDecoder:
         """
         return self.of_photo(read_rgb(file))
 
-    def decode(self, content: bytes, where: str) -> UInt8[Tensor, "channels size size"]:
+    def decode(self, content: bytes, where: str) -> UInt8[Tensor, "channels height width"]:
         """Decode the bytes of one photo file, as a call does for a file.
 
         Args:
@@ -75,9 +76,9 @@ class PhotoDecoder:
         """
         return self.of_photo(decode_rgb(content, where))
 
-    def of_photo(self, photo: Image.Image) -> UInt8[Tensor, "channels size size"]:
+    def of_photo(self, photo: Image.Image) -> UInt8[Tensor, "channels height width"]:
         """The input of an upright RGB photo of any size."""
-        pixels = planes(centre_square(photo, self.native_size, self.crop_fraction), self.channels)
+        pixels = planes(centre_crop(photo, self.native_size, self.crop_fraction), self.channels)
         decoded = torch.from_numpy(pixels.copy())
         return decoded if self.native_size == self.image_size else resize_images(decoded[None], self.image_size)[0]
 
@@ -87,8 +88,9 @@ class PhotoDecoder:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> PhotoDecoder:
-        """Rebuild a decoder from the result of `to_json`."""
-        return cls(**record)
+        """Rebuild a decoder from the result of `to_json`, whose sizes JSON may have made lists."""
+        sizes = {name: normal_size(record[name]) for name in ("native_size", "image_size")}
+        return cls(**{**record, **sizes})
 
 
 def photo_files(paths: Iterable[Path]) -> list[Path]:

@@ -12,16 +12,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from dsnet.data.settings import ColumnNames, FileOptions, ImageSize
+from dsnet.data.settings import ColumnNames, FileOptions, checked_image_size
 from dsnet.errors import ConfigError
+from dsnet.image_size import ImageSize
 from dsnet.plugins import load_plugins
-from dsnet.settings import SettingError, check_value
+from dsnet.settings import SettingError
 from dsnet.wording import shown, way_out
 
 if TYPE_CHECKING:
     from dsnet.data.images import ImageSet
 
-Loader = Callable[[str | Path | None, int | None, FileOptions], "ImageSet"]
+Loader = Callable[[str | Path | None, ImageSize | None, FileOptions], "ImageSet"]
 """Function (path, image_size, options) -> image set; it may leave the resizing to `load_images`."""
 IMAGE_FOLDER = "image_folder"
 DEFAULT_OPTIONS = FileOptions()
@@ -37,8 +38,8 @@ class DataSet:
     """A short description of the data, as a phrase."""
     loader: Loader | str
     """Function that reads it, or its import path `package.module:function`."""
-    native_size: int | None = None
-    """Height and width of its images before any resizing; None: the loader decodes files at the
+    native_size: ImageSize | None = None
+    """Size of its images before any resizing; None: the loader decodes files at the
     requested size."""
     options: frozenset[str] = frozenset()
     """Names of the settings in the section `data` that only some data sets take: `stream`,
@@ -50,7 +51,7 @@ class DataSet:
     has_photos: bool = False
     """Whether its networks can classify photos."""
 
-    def load(self, path: str | Path | None, image_size: int | None, options: FileOptions) -> ImageSet:
+    def load(self, path: str | Path | None, image_size: ImageSize | None, options: FileOptions) -> ImageSet:
         """Read the data set; see `load_images`."""
         loader = self.loader
         if isinstance(loader, str):
@@ -92,8 +93,8 @@ def find_data_set(name: str) -> DataSet:
     return _DATA_SETS[name]
 
 
-def native_image_size(name: str) -> int | None:
-    """Height and width of a data set's images before any resizing.
+def native_image_size(name: str) -> ImageSize | None:
+    """Size of a data set's images before any resizing.
 
     None where its files are decoded at the requested size, and for unknown names.
     """
@@ -167,7 +168,7 @@ def _named_column(data: SourceSettings) -> str | None:
 def load_images(
     name: str,
     path: str | Path | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     options: FileOptions = DEFAULT_OPTIONS,
 ) -> ImageSet:
     """Load a data set into memory, decoded.
@@ -176,8 +177,8 @@ def load_images(
         name: A registered name: digits, cifar10, image_folder, ...
         path: The folder that holds the data; None: the folder in the environment variable
             DSNET_DATA (digits needs none).
-        image_size: Height and width in pixels, 8..512, to which the images are resized once, here;
-            None: the data's own size.
+        image_size: Side of a square in pixels, or (height, width), each 8..512, to which the images
+            are resized once, here; None: the data's own size.
         options: Which files are read, and how.
 
     Raises:
@@ -186,18 +187,9 @@ def load_images(
     """
     data_set = find_data_set(name)
     if image_size is not None:
-        check_image_size(image_size)
+        image_size = checked_image_size(image_size)
     image_set = data_set.load(path, image_size, options)
     return image_set if image_size is None else image_set.resized(image_size)
-
-
-def check_image_size(image_size: int) -> None:
-    """Check that an image size lies in the range that networks accept, 8..512 pixels.
-
-    Raises:
-        ConfigError: The size is out of range.
-    """
-    check_value("data.image_size", image_size, ImageSize)
 
 
 def check_source(data: SourceSettings) -> None:

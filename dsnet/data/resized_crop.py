@@ -13,9 +13,11 @@ from dsnet.data.boxes import BoxDraw, Boxes, fit_boxes
 CROP_SCALE = (0.08, 1.0)
 """The published range of the crop's area as a share of the image."""
 CROP_ASPECTS = (3 / 4, 4 / 3)
+"""Published range of the crop's width / height, for a result that is a square; of another result,
+the range is multiplied by its own width / height."""
 
 
-def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: Sequence[float]) -> Boxes:
+def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: Sequence[float], aspect: float = 1.0) -> Boxes:
     """The crops of B images of one size.
 
     Where no attempt fits inside the image, the largest centred crop with an allowed aspect is
@@ -25,11 +27,14 @@ def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: Sequence[float]) -> 
         draw: The random numbers of B images.
         size: Height and width of every image in pixels.
         scale: Smallest and largest area as shares of the image.
+        aspect: Width / height of what the crops are resized to, so that they are distorted by no
+            more than 4/3.
     """
-    boxes, is_found = fit_boxes(draw, size, scale, CROP_ASPECTS)
+    narrowest, widest = (aspect * each for each in CROP_ASPECTS)
+    boxes, is_found = fit_boxes(draw, size, scale, (narrowest, widest))
     height, width = size
-    whole_height = min(height, max(1, round(width / CROP_ASPECTS[0])))
-    whole_width = min(width, max(1, round(height * CROP_ASPECTS[1])))
+    whole_height = min(height, max(1, round(width / narrowest)))
+    whole_width = min(width, max(1, round(height * widest)))
     return Boxes(
         torch.where(is_found, boxes.top, (height - whole_height) // 2),
         torch.where(is_found, boxes.left, (width - whole_width) // 2),

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, cast
 
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
 
 from dsnet.errors import ConfigError
-from dsnet.settings import Fraction, NonNegativeInt, PositiveFraction, PositiveInt, SettingError, Settings
+from dsnet.image_size import ImageSize, image_size_of, normal_size, shorter_side, size_in_words
+from dsnet.settings import Fraction, NonNegativeInt, PositiveFraction, PositiveInt, SettingError, Settings, fits
 from dsnet.strict_json import check_known, read_strictly
 from dsnet.wording import shown
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
-ImageSize = Annotated[int, Ge(MIN_IMAGE_SIZE), Le(MAX_IMAGE_SIZE)]
-"""Height and width in pixels that networks accept."""
+ImageSide = Annotated[int, Ge(MIN_IMAGE_SIZE), Le(MAX_IMAGE_SIZE)]
+"""Height or width in pixels that networks accept."""
+WrittenSize = ImageSide | tuple[ImageSide, ImageSide]
+"""An image size as it is written: the side of a square, or height and width."""
 Colour = Literal["rgb", "grey"]
 CHANNELS: Mapping[Colour, int] = {"rgb": 3, "grey": 1}
 """Number of channels of each value of `data.colour`."""
@@ -33,6 +36,9 @@ Magnitude = Annotated[float, Ge(0), Le(MAX_MAGNITUDE)]
 CropScale = Annotated[tuple[PositiveFraction, ...], Len(2, 2)]
 SplitSize = Annotated[float, Gt(0), Lt(1)] | PositiveInt | None
 """A fraction (float), a number of images (int), or None for the default."""
+FEW_IMAGES = 100
+"""Below this many images in `val` or `test` one image is more than a percentage point of
+accuracy, so that routers cannot be compared reliably."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,25 @@ class FileOptions(Settings):
         return read_strictly(cls, written, cls.SECTION)
 
 
+IMAGE_SIZE_RULE = f"the side of a square or [HEIGHT, WIDTH], in pixels from {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}"
+"""What an image size may be, as a phrase for a message."""
+
+
+def checked_image_size(value: object, key: str = "data.image_size") -> ImageSize:
+    """A written image size in its normal form.
+
+    Args:
+        value: A number, or a list of height and width.
+        key: The setting that holds it, for the message.
+
+    Raises:
+        SettingError: It is none that networks accept.
+    """
+    if not fits(value, WrittenSize):
+        raise SettingError(f"{key} is {shown(value)}, but must be {IMAGE_SIZE_RULE}")
+    return normal_size(cast(ImageSize, value))
+
+
 class ColumnNames(Protocol):
     """The fields of `Columns`."""
 
@@ -187,8 +212,8 @@ class Augmentation(Settings):
     1708.04896)."""
     crop_scale: CropScale | None = None
     """Smallest and largest area of a random resized crop as shares of the image, 0 < smallest <=
-    largest <= 1. None = no such crop, but (0.08, 1) for images that are streamed from files.
-    Aspects are 3:4 to 4:3."""
+    largest <= 1. None = no such crop, but (0.08, 1) for images that are streamed from files. The
+    crop's width / height is 3/4 to 4/3 of that of the network's input."""
 
     def __post_init__(self) -> None:
         if isinstance(self.crop_scale, list):  # a list where it comes from JSON
@@ -211,22 +236,25 @@ class Augmentation(Settings):
 
         Args:
             images: The data set.
-            crop_padding: None: an eighth of the image's width, or 0 where `crop_scale` is given.
+            crop_padding: None: an eighth of the image's shorter side, or 0 where `crop_scale` is
+                given.
             flip: None: `can_mirror`.
             cutout: As the field.
             others: The other fields.
 
         Raises:
-            ConfigError: A field is out of its range, or padding or cutout exceeds the image's side.
+            ConfigError: A field is out of its range, or padding or cutout exceeds the image's
+                shorter side.
         """
-        side = min(images.image_shape[1:])
+        size = image_size_of(images.image_shape)
+        side = shorter_side(size)
         for name, pixels in (("crop_padding", crop_padding or 0), ("cutout", cutout)):
             if pixels > side:
                 raise ConfigError(
-                    f"data.augment.{name} is {pixels}, but the images of {images.name} have {side} pixels a side: write less"
+                    f"data.augment.{name} is {pixels}, but the images of {images.name} have {size_in_words(size)}: write at most {side}"
                 )
         if crop_padding is None:
-            crop_padding = images.image_shape[-1] // 8 if others.get("crop_scale") is None else 0
+            crop_padding = side // 8 if others.get("crop_scale") is None else 0
         if flip is None:
             flip = can_mirror(images)
         return cls(crop_padding, flip, cutout, **others)
@@ -322,10 +350,11 @@ class DataSettings(FileOptions):
     """A registered data set: digits, cifar10, image_folder, ..."""
     path: str | None = None
     """The data set's folder; null = the environment variable DSNET_DATA."""
-    image_size: ImageSize | None = None
-    """Height and width in pixels; null = the data's own size."""
+    image_size: WrittenSize | None = None
+    """Side of a square in pixels, or (height, width); null = the data's own size."""
     crop_fraction: PositiveFraction = 1.0
-    """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]."""
+    """Image folders only: share of the image that the centre crop keeps of both sides, (0, 1]; see
+    `dsnet.data.decoding.centre_crop`."""
     splits: SplitSizes = field(default_factory=SplitSizes)
     limit: PositiveInt | None = None
     """Maximum number of images per split; null = no limit."""
@@ -342,6 +371,8 @@ class DataSettings(FileOptions):
     of the checkpoint from which training starts, or mean and deviation of `train`."""
 
     def __post_init__(self) -> None:
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", checked_image_size(self.image_size))
         super().__post_init__()
         written_normalization(self.normalization)
         check_known(self.augment, (each.name for each in fields(Augmentation)), "data.augment")

@@ -29,11 +29,12 @@ from dsnet.data.image_folder import (
 )
 from dsnet.data.images import ImageSet
 from dsnet.data.normalization import Normalization
-from dsnet.data.registry import DEFAULT_OPTIONS, IMAGE_FOLDER, check_image_size, check_source, load_images
-from dsnet.data.settings import Augmentation, DataSettings, FileOptions
+from dsnet.data.registry import DEFAULT_OPTIONS, IMAGE_FOLDER, check_source, load_images
+from dsnet.data.settings import Augmentation, DataSettings, FileOptions, checked_image_size
 from dsnet.data.splits import SPLIT_NAMES, Splits
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.data.training_images import InMemoryImages, StreamedImages, TrainingImages
+from dsnet.image_size import ImageSize, height_and_width
 from dsnet.seeds import derive_seed
 
 NUM_NORMALIZATION_IMAGES = 2048
@@ -153,14 +154,15 @@ class StreamedFolder:
     into memory."""
 
     listing: FolderListing
-    image_size: int
-    """Height and width in pixels."""
+    image_size: ImageSize
+    """Size of the images."""
     num_threads: int = 2
     """Decoding threads."""
     cache: ImageCache | None = None
     """Cache of the other splits' pixels; None: the user's cache folder."""
     crop_fraction: float = 1.0
-    """Share of the shorter side that evaluation keeps, (0, 1]; training uses random crops."""
+    """Share of the image that evaluation keeps (`centre_crop`), (0, 1]; training uses random
+    crops."""
 
     @property
     def name(self) -> str:
@@ -192,7 +194,7 @@ class StreamedFolder:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (self.listing.channels, self.image_size, self.image_size)
+        return (self.listing.channels, *height_and_width(self.image_size))
 
     @property
     def fingerprint(self) -> str:
@@ -250,7 +252,7 @@ class StreamedFolder:
 def load_source(
     name: str,
     path: str | Path | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     *,
     stream: bool = False,
     num_threads: int = 2,
@@ -263,11 +265,12 @@ def load_source(
         name: A registered name.
         path: The folder that holds the data; None: the folder in the environment variable
             DSNET_DATA.
-        image_size: Height and width in pixels, 8..512; None: the data's own size.
+        image_size: Side of a square in pixels, or height and width, each 8..512; None: the data's
+            own size.
         stream: Stream the training split from its files; image folders only.
         num_threads: Decoding threads of a streamed set, >= 1.
-        crop_fraction: Share of the shorter side that the centre crop keeps, (0, 1]; below 1 for
-            image folders only. Where nothing is streamed, training uses the same crops as
+        crop_fraction: Share of the image that the centre crop keeps, (0, 1]; below 1 for image
+            folders only. Where nothing is streamed, training uses the same crops as
             evaluation.
         options: Which files are read, and how many may be broken.
 
@@ -280,8 +283,7 @@ def load_source(
     check_source(DataSettings(name=name, crop_fraction=crop_fraction, stream=stream, **given))
     if name != IMAGE_FOLDER:
         return InMemorySource(load_images(name, path, image_size, options))
-    size = required_size(image_size)
-    check_image_size(size)
+    size = checked_image_size(required_size(image_size))
     if stream:
         return StreamedFolder(list_image_folder(path, options), size, num_threads, crop_fraction=crop_fraction)
     return InMemorySource(load_image_folder(path, size, crop_fraction=crop_fraction, options=options))

@@ -22,9 +22,6 @@ from dsnet.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "gate", "val", "test")
 DEFAULT_SIZES = SplitSizes()
-FEW_IMAGES = 100
-"""Below this many images in `val` or `test` one image is more than a percentage point of
-accuracy, so that routers cannot be compared reliably."""
 
 _SHARES = {"train": 0.55, "gate": 0.15, "val": 0.15, "test": 0.15}
 _SHARES_BESIDE_OFFICIAL_TEST = {"train": 0.8, "gate": 0.1, "val": 0.1}  # CIFAR-10: 40,000 / 5,000 / 5,000

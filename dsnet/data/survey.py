@@ -17,6 +17,10 @@ MAX_OPENED = 400
 names are read."""
 NUM_NAMED = 3
 """Maximum number of broken files that a message names."""
+SAME_SHAPE = 1.02
+"""Largest ratio between the width / height of two pictures that have one shape."""
+OBLONG = 1.1
+"""Ratio of the longer to the shorter side from which on a picture is oblong."""
 GREY_TOLERANCE = 8
 """Largest difference between the channels (0..255) of a grey photo that was stored in colour."""
 
@@ -46,6 +50,16 @@ class Survey:
     def short_side(self) -> int:
         """Median of the images' shorter sides, in pixels."""
         return int(np.median([min(each) for each in self.sizes]))
+
+    @property
+    def oblong_shape(self) -> tuple[int, int] | None:
+        """Height and width of the smallest of the images, if all of them have one oblong shape;
+        else None."""
+        aspects = [width / height for width, height in self.sizes]
+        if max(aspects) > SAME_SHAPE * min(aspects) or 1 / OBLONG < aspects[0] < OBLONG:
+            return None
+        width, height = min(self.sizes)
+        return height, width
 
 
 def survey_folder(root: Path) -> Survey:

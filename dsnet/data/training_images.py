@@ -24,6 +24,7 @@ from dsnet.data.image_folder import decode_file
 from dsnet.data.prefetch import in_order
 from dsnet.data.resized_crop import CROP_SCALE, crop_boxes
 from dsnet.data.settings import Augmentation
+from dsnet.image_size import ImageSize, height_and_width
 from dsnet.seeds import derive_seed
 
 
@@ -116,18 +117,18 @@ class StreamedImages:
     """Paths of the N files."""
     labels: Int64[Tensor, " images"]
     """int64 [N], on the CPU."""
-    image_size: int
-    """Height and width in pixels of the images that are returned."""
+    image_size: ImageSize
+    """Size of the images that are returned."""
     augmentation: Augmentation
     """Its `crop_padding` is ignored: a random resized crop of `crop_scale`, by default (0.08, 1),
     takes its place."""
     num_threads: int = 2
     """Decoding threads of each iteration."""
     num_ahead: int = 512
-    """Decoded images that may wait for the training step, channels * image_size**2 bytes each;
-    should be at least a batch."""
+    """Decoded images that may wait for the training step, a byte for each channel of a
+    pixel; should be at least a batch."""
     crop_fraction: float = 1.0
-    """Share of the shorter side that the centre crop of `clean` keeps, (0, 1]."""
+    """Share of the image that the centre crop of `clean` keeps, (0, 1]."""
     channels: int = 3
     """Channels of the images: 3 is RGB, 1 grey."""
 
@@ -153,8 +154,8 @@ class StreamedImages:
     def clean(
         self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
     ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-        """See `TrainingImages.clean`; the shorter side is resized and the centre cropped, as for
-        the other splits.
+        """See `TrainingImages.clean`; images are resized and their centre cropped, as for the
+        other splits.
 
         Raises:
             DataError: A file cannot be read or does not decode; the message names it.
@@ -178,7 +179,7 @@ class StreamedImages:
 
         The copy to a GPU comes from pinned memory, so that it does not delay the training step.
         """
-        shape = (num_images, self.channels, self.image_size, self.image_size)
+        shape = (num_images, self.channels, *height_and_width(self.image_size))
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         pixels = batch.numpy()
         for position, image in enumerate(islice(decoded, num_images)):
@@ -186,12 +187,13 @@ class StreamedImages:
         return batch.to(device, non_blocking=True)
 
 
-def _decode_crop(job: tuple[Path, BoxDraw], scale: Sequence[float], image_size: int, channels: int) -> np.ndarray:
-    """Decode a file and cut its random resized crop: uint8 [channels, image_size, image_size]."""
+def _decode_crop(job: tuple[Path, BoxDraw], scale: Sequence[float], image_size: ImageSize, channels: int) -> np.ndarray:
+    """Decode a file and cut its random resized crop: uint8 [channels, height, width]."""
     file, draw = job
+    height, width = height_and_width(image_size)
     image = read_rgb(file)
-    box = crop_boxes(draw, (image.height, image.width), scale)
+    box = crop_boxes(draw, (image.height, image.width), scale, width / height)
     top, left = int(box.top), int(box.left)
     corners = (left, top, left + int(box.width), top + int(box.height))
-    cropped = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=corners)
+    cropped = image.resize((width, height), Image.Resampling.BILINEAR, box=corners)
     return planes(cropped, channels)

@@ -40,7 +40,8 @@ from dsnet.deploy.precisions import (
 from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
 from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.families import rebuild
-from dsnet.files import atomic_write_json, file_sha256, own_digest, read_object, understood
+from dsnet.files import atomic_write_json, file_sha256, own_digest, read_object, understood, writing
+from dsnet.image_size import image_size_of
 from dsnet.network.precision import exact_float32, own_defaults
 from dsnet.network.supernet import Supernet, restrict, state_for_saving
 from dsnet.routers.base import Router
@@ -309,7 +310,7 @@ class Bundle:
             yield f"{INT8}    {sentence}; {own}"
 
     def _router_sentence(self) -> str:
-        subnets, size, router = self.net.subnets, self.image_shape[-1], self.net.router
+        subnets, size, router = self.net.subnets, image_size_of(self.image_shape), self.net.router
         routes = [
             f"{subnets[k].name} ({subnet_cost(subnets.spec, subnets[k], size).madds / 1e6:.3g} M MAdds)"
             for k in router.routes
@@ -433,19 +434,20 @@ def save_bundle(folder: Path, contents: BundleContents, *, claims: Mapping[str, 
     stored = _answered(small, [local, *(point.router for point in further)], contents)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
-        _write_files(draft, manifest, weights, stored, gate_yaml)
-        _swap(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with writing(folder):
+        try:
+            draft.mkdir(parents=True)
+            _write_files(draft, manifest, weights, stored, gate_yaml)
+            _swap(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _answered(supernet: Supernet, routers: Sequence[Router], contents: BundleContents) -> dict[str, Tensor]:
     """The tensors of the examples: images, and the routes and logits that each router gives
     them."""
     images = contents.normalization.apply(contents.examples)
-    net = DynamicNet(supernet, routers[0], image_size=int(contents.examples.shape[-1]))
+    net = DynamicNet(supernet, routers[0], image_size=image_size_of(contents.examples.shape))
     stored = {"images": contents.examples.contiguous()}
     for number, router in enumerate(routers):
         output = net.with_router(router)(images)
@@ -604,7 +606,7 @@ def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bun
         points[0].router,
         cut_weights=loading.cut_weights,
         fold_bn=loading.fold_bn,
-        image_size=height,
+        image_size=image_size_of((height, width)),
         segments=segments,
     ).to(loading.device)
     settings = {point.name: _Setting(point, net.with_router(point.router)) for point in points}
@@ -699,7 +701,7 @@ def write_onnx(path: Path, folder: Path) -> None:
     """
     parts = stored_parts(path)
     routers = [point.router for point in parts.points]
-    onnx_files.write_graphs(parts.supernet, routers, parts.image_shape[1], folder)
+    onnx_files.write_graphs(parts.supernet, routers, image_size_of(parts.image_shape), folder)
 
 
 def check_onnx(path: Path, folder: Path) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dsnet.deploy.segments import CutSegments, EntryOutput, SegmentOutput, Segments, SlicedSegments, rows_by
+from dsnet.image_size import ImageSize
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.space.cost import subnet_cost
@@ -45,8 +46,8 @@ class DynamicNet(nn.Module):
         cut_weights: hold a contiguous copy of each segment's weights (faster, more memory) instead
             of slicing in every call.
         fold_bn: with `cut_weights`, fold BatchNorm into the convolutions.
-        image_size: height and width in pixels, for the MAdds that it reports; None: the size for
-            which the supernet was laid out.
+        image_size: size of the images, for the MAdds that it reports; None: the size for which the
+            supernet was laid out.
         segments: what runs the segments, such as an inference engine, in place of the supernet's
             weights.
     """
@@ -58,7 +59,7 @@ class DynamicNet(nn.Module):
         *,
         cut_weights: bool = True,
         fold_bn: bool = True,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         segments: Segments | None = None,
     ) -> None:
         super().__init__()

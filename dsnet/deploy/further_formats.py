@@ -34,6 +34,7 @@ from dsnet.deploy.one_image import PIXELS, Normalize, on_pixels, single_graphs, 
 from dsnet.deploy.onnx_graphs import SegmentGraphs, traced
 from dsnet.deploy.photo_input import PHOTO, check_photos, with_photo_input
 from dsnet.errors import VerificationError
+from dsnet.image_size import image_size_of
 from dsnet.network.precision import exact_float32
 from dsnet.routers.base import Router
 
@@ -48,7 +49,7 @@ ONNX, PROGRAM = ".onnx", ".pt2"
 THREADS = 1
 """Threads of an engine for the check of a file."""
 MEAN_PIXEL_TOLERANCE = 4.0
-"""Mean difference of pixels, 0..255, that a resizing inside of a graph may have: the square is cut
+"""Mean difference of pixels, 0..255, that a resizing inside of a graph may have: the centre is cut
 out at whole pixels, and engines round differently."""
 _LARGER = (150, 131)
 """Width and height of the photos with which it is checked."""
@@ -102,7 +103,7 @@ def write_static(path: Path, folder: Path) -> None:
     Arguments and errors: as `write_single`.
     """
     parts = stored_parts(path)
-    graphs = SegmentGraphs.of(parts.supernet, (), parts.image_shape[1])
+    graphs = SegmentGraphs.of(parts.supernet, (), image_size_of(parts.image_shape))
     for route, subnet in enumerate(parts.supernet.subnets):
         model = on_pixels(graphs.static(route), parts.normalization)
         (folder / f"{subnet.name}{ONNX}").write_bytes(model.SerializeToString())

@@ -1,11 +1,12 @@
-"""Faster layout of plain modules for inference: channels last, and 1x1 convolutions as a single
-matrix product.
+"""Faster layout of plain modules for inference: channels last, 1x1 convolutions as a single matrix
+product, and self-attention as one operation.
 
 The function computed stays the same. Measured on one CPU thread (DS-MBNet and DS-ResNet at 32
 pixels): torch computes a 1x1 convolution of 1 to 15 images as one product per image, which for many
 channels at few positions takes up to five times as long as a single product over all positions of
 all images; with channels last that product needs no copy. Depthwise convolutions and poolings are
-1.4 times as fast at batch 1 and up to 8 times at batch 64.
+1.4 times as fast at batch 1 and up to 8 times at batch 64. The attention of a vision transformer is
+2.8 times as fast for 64 images of 65 tokens, and about as fast for one image of 197.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from dsnet.network.transformer import PlainBlock
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -35,8 +38,8 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def lay_out_for_inference(module: nn.Module) -> nn.Module:
-    """Convert a plain module to channels last and its 1x1 convolutions to products, in place;
-    returns `module`.
+    """Convert a plain module to channels last, its 1x1 convolutions to products and its
+    self-attention to one operation, in place; returns `module`.
 
     For any layout of its input, all tensors after the first convolution are then in channels last.
     """
@@ -45,6 +48,8 @@ def lay_out_for_inference(module: nn.Module) -> nn.Module:
             assert isinstance(part, nn.Conv2d)
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, PointwiseConv2d.of(part))
+        elif isinstance(part, PlainBlock):
+            part.is_fused = True
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -37,6 +37,7 @@ from dsnet.deploy.onnx_graphs import IMAGES, Names, SegmentGraphs
 from dsnet.deploy.operating_points import prefix_of
 from dsnet.deploy.precisions import store_answers
 from dsnet.errors import DsnetError
+from dsnet.image_size import image_size_of
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router
 
@@ -89,7 +90,7 @@ def write_int8_graphs(
     """
     # With `hidden`, the layers of an attention are found also where no router reads their result.
     parts = sorted({*needed_parts(routers), "hidden"})
-    graphs = SegmentGraphs.of(supernet, parts, data.image_shape[1], deciding_routers(routers))
+    graphs = SegmentGraphs.of(supernet, parts, image_size_of(data.image_shape), deciding_routers(routers))
     images = normalization.apply(calibration_images(data.images("gate")))
     store_graphs(quantized(graphs, images), routers, folder)
 

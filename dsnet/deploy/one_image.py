@@ -30,6 +30,7 @@ from dsnet.deploy.onnx_graphs import (
     traced,
 )
 from dsnet.errors import ConfigError
+from dsnet.image_size import image_size_of
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Router
 from dsnet.space.route_tree import RouteTree
@@ -113,7 +114,9 @@ def single_graphs(
     tree = RouteTree.of(supernet.subnets)
     plans = [branching(router, tree, number) for number, router in enumerate(routers)]
     parts = sorted({part for router in routers for part in router.needs})
-    graphs = SegmentGraphs.of(supernet, parts, image_shape[1], routers, at_every_gate=True, must_decide=True)
+    graphs = SegmentGraphs.of(
+        supernet, parts, image_size_of(image_shape), routers, at_every_gate=True, must_decide=True
+    )
     gluing = _Gluing(graphs)
     for plan in plans:
         yield gluing.model(plan, normalization, image_shape)

@@ -25,6 +25,7 @@ from dsnet.deploy.engines import Graph
 from dsnet.deploy.segments import Entry, EntryOutput, run_rest
 from dsnet.errors import CheckpointError
 from dsnet.files import atomic_write_json, file_sha256, read_object, understood
+from dsnet.image_size import ImageSize
 from dsnet.routers.base import Router
 from dsnet.space.route_tree import RouteTree
 
@@ -49,13 +50,13 @@ TensorCall = Callable[[Float[Tensor, "batch ..."]], list[Float[Tensor, "batch ..
 """A graph with one input: a tensor on the CPU -> its outputs."""
 
 
-def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: int, folder: Path) -> SegmentGraphs:
+def write_graphs(supernet: Supernet, routers: Sequence[Router], image_size: ImageSize, folder: Path) -> SegmentGraphs:
     """Write the ONNX graphs of a supernet.
 
     Args:
         supernet: on the CPU; every member is a route.
         routers: the routers that run with the graphs.
-        image_size: height and width in pixels.
+        image_size: size of the images.
         folder: receives the files.
 
     Returns:

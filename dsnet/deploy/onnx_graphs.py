@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dsnet.deploy.segments import CutSegments
 from dsnet.errors import DsnetError
+from dsnet.image_size import ImageSize, height_and_width
 from dsnet.network.blocks import fold_batch_norms
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Evidence, Executed, Router
@@ -204,7 +205,7 @@ class SegmentGraphs:
         cls,
         supernet: Supernet,
         parts: Sequence[str],
-        image_size: int,
+        image_size: ImageSize,
         routers: Sequence[Router] = (),
         *,
         at_every_gate: bool = False,
@@ -217,7 +218,7 @@ class SegmentGraphs:
             supernet: trained and recalibrated, on the CPU; not changed.
             parts: the parts of the evidence that the graphs give at every gate; with those that
                 `routers` need.
-            image_size: height and width in pixels.
+            image_size: size of the images.
             routers: routers over the supernet's members.
             at_every_gate: whether the graphs also have the decisions of routers that decide at
                 several gates.
@@ -235,7 +236,7 @@ class SegmentGraphs:
             for each in decisions(router, number, tree)
         )
         names = Names(tree, tuple(parts), tuple(found))
-        example = torch.zeros(_EXAMPLES, supernet.spec.in_channels, image_size, image_size)
+        example = torch.zeros(_EXAMPLES, supernet.spec.in_channels, *height_and_width(image_size))
 
         def export(names: Names) -> SegmentGraphs:
             module = _Segments(supernet, names, routers).eval()

@@ -20,8 +20,6 @@ from dsnet.wording import plural, way_out
 
 SHARED_CLAIM = "data"
 """The claim that is the same for all points of a bundle: on which data they were measured."""
-ORIGIN_CLAIM = "made_from"
-"""The claim that says from which results of a run a bundle was made."""
 LATENCY_CLAIM = "expected_latency"
 """The claim with the latencies by which a point is chosen: name of the device ("" for the main one)
 -> `device` (its model), `threads` and `batches_ms`, the time of a batch by its size."""

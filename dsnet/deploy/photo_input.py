@@ -3,10 +3,13 @@ size."""
 
 from __future__ import annotations
 
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
+from dsnet.data.decoding import kept_share
 from dsnet.data.photos import PhotoDecoder
 from dsnet.errors import ConfigError
+from dsnet.image_size import height_and_width
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -33,12 +36,12 @@ def check_photos(decoder: PhotoDecoder | None) -> PhotoDecoder:
 def with_photo_input(model: ModelProto, pixels: str, decoder: PhotoDecoder) -> ModelProto:
     """A graph with a photo as its input in place of pixels.
 
-    The centre square is resized with antialiasing, as `dsnet.data.decoding.centre_square` does,
-    with one difference: the square is cut out at whole pixels.
+    The centre is resized with antialiasing, as `dsnet.data.decoding.centre_crop` does, with one
+    difference: it is cut out at whole pixels.
 
     Args:
         model: the graph, of which nothing is changed.
-        pixels: its input, uint8 [1, 3, size, size].
+        pixels: its input, uint8 [1, 3, height, width].
         decoder: says how photos are cropped and resized.
 
     Returns:
@@ -50,8 +53,8 @@ def with_photo_input(model: ModelProto, pixels: str, decoder: PhotoDecoder) -> M
     from onnx import TensorProto as Type
     from onnx import checker, helper
 
-    size = check_photos(decoder).image_size
-    kept = size / round(size / decoder.crop_fraction)
+    size = height_and_width(check_photos(decoder).image_size)
+    kept = kept_share(decoder.image_size, decoder.crop_fraction)
     weights: list[TensorProto] = []
     nodes: list[NodeProto] = []
 
@@ -66,19 +69,21 @@ def with_photo_input(model: ModelProto, pixels: str, decoder: PhotoDecoder) -> M
 
     two, integer = constant(Type.INT64, 2), Type.INT64
     sides = step("Slice", step("Shape", PHOTO), constant(integer, 0), two)
-    shorter = step("Cast", step("ReduceMin", sides, keepdims=1), to=Type.FLOAT)
-    square = step("Cast", step("Round", step("Mul", shorter, constant(Type.FLOAT, kept))), to=integer)
-    begin = step("Div", step("Sub", sides, square), two)
-    cut = step("Slice", PHOTO, begin, step("Add", begin, square), constant(integer, 0, 1))
+    # The largest part of the photo with the shape of the result is `unit` times `shape`.
+    shape = [side / gcd(*size) for side in size]
+    unit = step("ReduceMin", step("Div", step("Cast", sides, to=Type.FLOAT), constant(Type.FLOAT, *shape)), keepdims=1)
+    wanted = step("Mul", unit, constant(Type.FLOAT, *(kept * side for side in shape)))
+    part = step("Cast", step("Round", wanted), to=integer)
+    begin = step("Div", step("Sub", sides, part), two)
+    cut = step("Slice", PHOTO, begin, step("Add", begin, part), constant(integer, 0, 1))
     planes = step("Unsqueeze", step("Transpose", cut, perm=[2, 0, 1]), constant(integer, 0))
-    shape = constant(integer, 1, 3, size, size)
-    resized = step("Resize", planes, "", "", shape, mode="linear", antialias=1)
+    resized = step("Resize", planes, "", "", constant(integer, 1, 3, *size), mode="linear", antialias=1)
     nodes.append(helper.make_node("Identity", [resized], [pixels]))
     graph = helper.make_graph(
         [*nodes, *model.graph.node],
         model.graph.name,
         [helper.make_tensor_value_info(PHOTO, Type.UINT8, ("height", "width", 3))],
-        [*model.graph.output, helper.make_tensor_value_info(pixels, Type.UINT8, (1, 3, size, size))],
+        [*model.graph.output, helper.make_tensor_value_info(pixels, Type.UINT8, (1, 3, *size))],
         [*weights, *model.graph.initializer],
     )
     whole = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from dsnet.deploy import onnx_files
-from dsnet.deploy.layout import FLOAT32, INT8
-from dsnet.deploy.operating_points import ORIGIN_CLAIM, SHARED_CLAIM, OperatingPoint
+from dsnet.deploy.layout import FLOAT32, INT8, ORIGIN_CLAIM
+from dsnet.deploy.operating_points import SHARED_CLAIM, OperatingPoint
 from dsnet.errors import CheckpointError, ConfigError, VerificationError
 from dsnet.files import atomic_write_json, file_sha256, read_object
 from dsnet.stored.checkpoint import load_tensors, save_tensors

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dsnet.errors import ConfigError
+from dsnet.image_size import ImageSize, normal_size
 from dsnet.network.supernet import Supernet
 from dsnet.plugins import load_plugins
 from dsnet.space.entry_gate import differs_before_gates, with_entry_gate
@@ -28,7 +29,10 @@ class Task:
 
     num_classes: int
     in_channels: int
-    image_size: int
+    image_size: ImageSize
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", normal_size(self.image_size))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """MobileNetV1-style supernets with one gated stage: DS-MBNet and DS-Tiny.
 
 DS-MBNet is the network of DS-Net (arXiv 2103.13258), with the layout of docs/methods.md, section 2;
-`ds_tiny` is ours, for images of 8 to 32 pixels.
+`ds_tiny` is ours, for images of 8 to 32 pixels. With the option `kernels` the depthwise kernels
+behind the gate are sliced too, as DS-Net++ (arXiv 2109.10060) proposes; the rules are ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from dsnet.families import Family, Task, register
 from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
+from dsnet.image_size import shorter_side, size_in_words
 from dsnet.network.axes import Axes, Axis, prefixed
 from dsnet.network.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock, swish
 from dsnet.network.layers import SlicedConv2d, SlicedLinear, make_norm, norm_axes
@@ -34,6 +36,7 @@ gate."""
 MAX_WIDTH = 65536
 """Largest width that a user may set, so that a typing error is reported before it exhausts the
 memory."""
+COMBINE = ("tied", "all")
 NESTED_NORMS = ("private_stats", "recalibrate")
 """Norms under which training normalises a channel of a batch in the same way in every
 sub-network."""
@@ -59,6 +62,10 @@ class Plan:
     gated_stage: int
     attention: float
     """Hidden channels of an attention, relative to the block's largest input."""
+    kernels: tuple[int, ...] = ()
+    """Sizes in pixels, rising, of the depthwise kernels behind the gate; empty: 3, never sliced."""
+    combine: str = "tied"
+    """One of `COMBINE`: whether the size of a route's kernels follows from its widths."""
 
 
 class SeparableSupernet(Supernet):
@@ -105,7 +112,11 @@ class SeparableSupernet(Supernet):
         of separate runs.)
         """
         number = self.gated_block
-        is_nested = self.training and self.spec.norm in NESTED_NORMS
+        is_nested = (
+            self.training
+            and self.spec.norm in NESTED_NORMS
+            and all(block.shape.kernel_group is None for block in map(self._block, range(len(self.blocks))))
+        )
         if not is_nested or len(subnets) < 2 or number + 1 == len(self.blocks):
             return None
         prefixes = [subnet.prefix(self._block(number).shape.out_group + 1) for subnet in subnets]
@@ -180,30 +191,37 @@ class _PlainTrunk(nn.Module):
 
 def _layout(plan: Plan, task: Task, options: Mapping[str, Any]) -> SubnetSet:
     stem, stages, gated_stage = plan.stem, plan.stages, plan.gated_stage
-    groups = tuple(
+    widest = [
         ChannelGroup("stem" if index == 0 else f"stage{index - 1}", max(stage.widths))
         for index, stage in enumerate((stem, *stages))
-    )
+    ]
+    # The kernel comes before all channels that depend on it, so that it is in their keys.
+    kernel_group = gated_stage + 1 if plan.kernels else None
+    groups = tuple(widest)
+    if kernel_group is not None:
+        kernel = ChannelGroup("kernel", max(plan.kernels), kind="kernel", choices=plan.kernels)
+        groups = (*widest[:kernel_group], kernel, *widest[kernel_group:])
+    place = {index: index + (kernel_group is not None and index >= kernel_group) for index in range(len(widest))}
     hidden = 0
     gated_block = 0
     ops = [Op("stem", "conv", IMAGE, IMAGE_CHANNELS, 0, kernel=3, stride=stem.stride, has_norm=True)]
     blocks: list[dict[str, int]] = []
     for index, stage in enumerate(stages):
         for number in range(stage.num_blocks):
-            source = index if number == 0 else index + 1
-            shape = BlockShape(
-                source, index + 1, stage.stride if number == 0 else 1, int(plan.attention * groups[source].max_width)
-            )
-            if index == gated_stage and number == 0:
-                hidden, gated_block = shape.hidden, len(blocks)
-            blocks.append(
-                {
-                    "in_group": shape.in_group,
-                    "out_group": shape.out_group,
-                    "stride": shape.stride,
-                    "hidden": shape.hidden,
-                }
-            )
+            source = place[index if number == 0 else index + 1]
+            block = {
+                "in_group": source,
+                "out_group": place[index + 1],
+                "stride": stage.stride if number == 0 else 1,
+                "hidden": int(plan.attention * groups[source].max_width),
+            }
+            is_gated = index == gated_stage and number == 0
+            if is_gated:
+                hidden, gated_block = block["hidden"], len(blocks)
+            if kernel_group is not None:
+                is_behind = index >= gated_stage and not is_gated
+                block |= {"kernel_group": kernel_group} if is_behind else {"kernel": min(plan.kernels)}
+            blocks.append(block)
     for number, block in enumerate(blocks):
         ops.extend(_block_ops(number, BlockShape(**block), ops[-1].name, gated_block))
     last = len(groups) - 1
@@ -224,7 +242,7 @@ def _layout(plan: Plan, task: Task, options: Mapping[str, Any]) -> SubnetSet:
             "dropout": float(options["dropout"]),
         },
     )
-    return _subnets(spec, (stem, *stages), gated_stage)
+    return _subnets(spec, plan)
 
 
 def _block_ops(number: int, shape: BlockShape, reads: str, gated_block: int) -> list[Op]:
@@ -233,25 +251,53 @@ def _block_ops(number: int, shape: BlockShape, reads: str, gated_block: int) -> 
     source, target = shape.in_group, shape.out_group
     depthwise, attention, pointwise = f"{name}.depthwise", f"{name}.attention", f"{name}.pointwise"
     return [
-        Op(depthwise, "depthwise", reads, source, source, kernel=3, stride=shape.stride, has_norm=True, segment=before),
+        Op(
+            depthwise,
+            "depthwise",
+            reads,
+            source,
+            source,
+            kernel=shape.kernel,
+            stride=shape.stride,
+            has_norm=True,
+            segment=before,
+            kernel_group=shape.kernel_group,
+        ),
         Op(attention, "attention", depthwise, source, source, hidden=shape.hidden, segment=before),
         Op(pointwise, "conv", attention, source, target, has_norm=True, segment=after),
     ]
 
 
-def _subnets(spec: SupernetSpec, stages: Sequence[Stage], gated_stage: int) -> SubnetSet:
+def _subnets(spec: SupernetSpec, plan: Plan) -> SubnetSet:
     """The sub-networks of a network.
 
-    Route k has the small width before the gate and width k after it; the teacher has the largest
-    width everywhere.
+    Route k has the small width before the gate and width k after it, and a size of its kernels; the
+    teacher has the largest width and kernels everywhere.
     """
+    stages, gated_stage = (plan.stem, *plan.stages), plan.gated_stage
     num_routes = len(stages[gated_stage + 1].widths)
     members = []
-    for k in range(num_routes):
+    for k, kernel in _choices(plan, num_routes):
         widths = [stage.widths[0] if index <= gated_stage else stage.widths[k] for index, stage in enumerate(stages)]
-        members.append(Subnet(f"subnet-{k:02d}", tuple(widths)))
-    teacher = Subnet("largest", tuple(group.max_width for group in spec.groups))
+        name = f"subnet-{k:02d}"
+        if kernel is not None:
+            widths.insert(gated_stage + 1, kernel)
+            name += f"-k{kernel}" if plan.combine == "all" else ""
+        members.append(Subnet(name, tuple(widths)))
+    teacher = Subnet("largest", spec.max_widths)
     return SubnetSet(spec, tuple(members), teacher if teacher.widths != members[-1].widths else None)
+
+
+def _choices(plan: Plan, num_routes: int) -> Iterator[tuple[int, int | None]]:
+    """The number of the widths and the size of the kernels of each route."""
+    for k in range(num_routes):
+        if not plan.kernels:
+            yield k, None
+        elif plan.combine == "all":
+            yield from ((k, kernel) for kernel in plan.kernels)
+        else:
+            last = len(plan.kernels) - 1
+            yield k, plan.kernels[round(k * last / (num_routes - 1))]
 
 
 def _scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
@@ -274,6 +320,44 @@ def _check(options: Mapping[str, Any], max_routes: int) -> None:
     dropout = options["dropout"]
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}, but must lie in [0, 1)")
+
+
+def _kernels(task: Task, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """The sizes of the kernels behind the gate, rising; empty for null.
+
+    Raises:
+        ValueError: they are not different odd numbers, or one is larger than the image.
+    """
+    check_choice("combine", options["combine"], COMBINE)
+    given = options["kernels"]
+    if given is None:
+        if options["combine"] != COMBINE[0]:
+            raise ValueError(
+                f"combine is {options['combine']!r}, but there are no kernels to combine; set kernels, e.g. [3, 5]"
+            )
+        return ()
+    if (
+        not isinstance(given, (list, tuple))
+        or len(given) < 2
+        or not all(is_integer(size, 1, MAX_WIDTH) for size in given)
+    ):
+        raise ValueError(f"kernels is {given!r}, but must be a list of two or more sizes in pixels, such as [3, 5]")
+    sizes = tuple(sorted(given))
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"kernels is {given!r}, but each size must be there once")
+    side = shorter_side(task.image_size)
+    for size in sizes:
+        if size % 2 == 0:
+            raise ValueError(
+                f"kernels holds {size}, but a smaller kernel is the centre of a larger one, so that all must be odd; "
+                f"use {size - 1} or {size + 1}"
+            )
+        if size > side:
+            raise ValueError(
+                f"kernels holds {size}, which is larger than the image of {size_in_words(task.image_size)}; "
+                f"use at most {side - (side % 2 == 0)}"
+            )
+    return sizes
 
 
 def _gated(options: Mapping[str, Any], defaults: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
@@ -315,7 +399,9 @@ def _ds_mbnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
         Stage(2, 2, fourth),
     ]
     stem = Stage(1, options["stem_stride"], _scaled((16, 24), width))
-    return _layout(Plan("ds_mbnet", stem, tuple(stages), 3, MBNET_ATTENTION), task, options)
+    kernels = _kernels(task, options)
+    plan = Plan("ds_mbnet", stem, tuple(stages), 3, MBNET_ATTENTION, kernels, options["combine"])
+    return _layout(plan, task, options)
 
 
 def _ds_tiny(task: Task, options: Mapping[str, Any]) -> SubnetSet:
@@ -324,13 +410,17 @@ def _ds_tiny(task: Task, options: Mapping[str, Any]) -> SubnetSet:
     first, second = _gated(options, (_spread(8, 96, routes), _spread(16, 192, routes)))
     stages = [Stage(1, 1, _scaled((16, 24), width)), Stage(2, 2, first), Stage(1, 2, second)]
     stem = Stage(1, options["stem_stride"], _scaled((8, 12), width))
-    return _layout(Plan("ds_tiny", stem, tuple(stages), 1, TINY_ATTENTION), task, options)
+    kernels = _kernels(task, options)
+    plan = Plan("ds_tiny", stem, tuple(stages), 1, TINY_ATTENTION, kernels, options["combine"])
+    return _layout(plan, task, options)
 
 
+SHARED_OPTIONS: Mapping[str, Any] = {"width": 1.0, "gated_widths": None, "kernels": None, "combine": COMBINE[0]}
+"""Options with equal defaults in both families."""
 register(
     Family(
         "ds_mbnet",
-        {"width": 1.0, "stem_stride": 2, "num_routes": 14, "gated_widths": None, "dropout": 0.2},
+        {**SHARED_OPTIONS, "stem_stride": 2, "num_routes": 14, "dropout": 0.2},
         _ds_mbnet,
         SeparableSupernet,
     )
@@ -338,7 +428,7 @@ register(
 register(
     Family(
         "ds_tiny",
-        {"width": 1.0, "stem_stride": 1, "num_routes": 6, "gated_widths": None, "dropout": 0.0},
+        {**SHARED_OPTIONS, "stem_stride": 1, "num_routes": 6, "dropout": 0.0},
         _ds_tiny,
         SeparableSupernet,
     )

@@ -34,6 +34,7 @@ from dsnet.gates.losses import complexity
 from dsnet.gates.mixing import Answers, Chooser, GatedSupernet, Mixed
 from dsnet.gates.problem import check_choice, sgs_places
 from dsnet.gates.settings import EndToEndSettings, GateSettings
+from dsnet.image_size import ImageSize, image_size_of
 from dsnet.network.supernet import Supernet
 from dsnet.routers.kinds import kind_names
 from dsnet.seeds import derive_seed
@@ -84,8 +85,8 @@ class PathCosts:
     """MAdds of the costliest member of the whole set."""
 
     @classmethod
-    def of(cls, subnets: SubnetSet, gated: GatedSupernet, settings: GateSettings, image_size: int) -> PathCosts:
-        """Count the MAdds of all routes, for square images of `image_size` pixels a side."""
+    def of(cls, subnets: SubnetSet, gated: GatedSupernet, settings: GateSettings, image_size: ImageSize) -> PathCosts:
+        """Count the MAdds of all routes, for images of `image_size`."""
         costs: dict[tuple[int, ...], float] = {}
 
         def madds_of(widths: tuple[int, ...]) -> float:
@@ -188,13 +189,13 @@ def sgs_loss(
 class GateObjective:
     """The loss of Stage II for a batch of images."""
 
-    def __init__(self, supernet: Supernet, settings: GateSettings, image_size: int) -> None:
+    def __init__(self, supernet: Supernet, settings: GateSettings, image_size: ImageSize) -> None:
         """Create the loss for one supernet and one router.
 
         Args:
             supernet: frozen, in eval mode.
             settings: losses, router and routing space.
-            image_size: height and width in pixels.
+            image_size: size of the images.
 
         Raises:
             ValueError: the router cannot be trained end to end, a loss is used that only table
@@ -297,7 +298,7 @@ class _Training:
         self.batch_size = min(settings.batch_size, len(data.labels))
         self.steps_per_epoch = -(-len(data.labels) // self.batch_size)
         self.settings = replace(settings, steps=rules.epochs * self.steps_per_epoch)
-        self.objective = GateObjective(supernet, self.settings, data.images.shape[-1])
+        self.objective = GateObjective(supernet, self.settings, image_size_of(data.images.shape))
         self.device = next(supernet.parameters()).device
         self.heads = [
             torch.zeros(shape, device=self.device, requires_grad=True) for shape in self.objective.gated.head_shapes

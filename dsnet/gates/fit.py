@@ -37,11 +37,9 @@ from dsnet.routers.head import Head
 from dsnet.routers.kinds import kind_names
 from dsnet.routing.calibration import calibrate, confidence_threshold, nearest_price
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import TableRun
 from dsnet.space.cost import gate_madds
-
-COLLAPSE_SHARE = 0.99
-"""A router that sends a larger share of the images down one route is flagged as collapsed."""
 
 
 @dataclass(frozen=True)

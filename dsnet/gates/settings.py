@@ -27,6 +27,8 @@ SgsTarget = Literal["extremes", "cheapest"]
 Quality = Literal["correct", "probability"]
 ComplexityForm = Literal["hinge", "quadratic", "paper", "paper_raw"]
 GateOptimizer = Literal["adam", "sgd"]
+COLLAPSE_SHARE = 0.99
+"""A router that sends a larger share of the images down one route is flagged as collapsed."""
 
 
 @dataclass(frozen=True, kw_only=True)

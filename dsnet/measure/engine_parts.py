@@ -13,6 +13,7 @@ from torch import Tensor
 from dsnet.deploy.engines import Engine
 from dsnet.deploy.onnx_files import GraphOutput, TensorCall, open_model
 from dsnet.deploy.onnx_graphs import SegmentGraphs, first_route
+from dsnet.image_size import ImageSize
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router
 
@@ -48,12 +49,12 @@ class PartGraphs:
     cannot be in a graph, because there are several or they cannot be traced, has none."""
 
     @classmethod
-    def of(cls, supernet: Supernet, image_size: int, routers: Mapping[str, Router] | None = None) -> PartGraphs:
+    def of(cls, supernet: Supernet, image_size: ImageSize, routers: Mapping[str, Router] | None = None) -> PartGraphs:
         """Export every part.
 
         Args:
             supernet: trained and recalibrated, on the CPU; not changed.
-            image_size: side in pixels.
+            image_size: size of the images.
             routers: a router of each kind whose decision is timed.
 
         Raises:
@@ -100,13 +101,13 @@ class EngineParts:
 
     @classmethod
     def open(
-        cls, supernet: Supernet, image_size: int, engine: Engine, threads: int, routers: Mapping[str, Router]
+        cls, supernet: Supernet, image_size: ImageSize, engine: Engine, threads: int, routers: Mapping[str, Router]
     ) -> EngineParts:
         """Export every part, and open it in an engine.
 
         Args:
             supernet: trained and recalibrated, on the CPU; not changed.
-            image_size: side in pixels.
+            image_size: size of the images.
             engine: the engine.
             threads: threads of one call.
             routers: see `PartGraphs.of`.

@@ -16,6 +16,7 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.tensors import TensorData
 from dsnet.data.training_images import TrainingImages
 from dsnet.deploy.segments import Segments
+from dsnet.image_size import ImageSize, image_size_of
 from dsnet.network.precision import exact_float32
 from dsnet.network.prefix_tree import each_logits
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet
@@ -35,8 +36,6 @@ gates."""
 TRAIN_SAMPLE = 1000
 """Number of images of `train` on which the widest route is evaluated too: its error of about one
 percentage point is small enough to detect overfitting."""
-TRAIN_SAMPLE_FILE = "train_sample.json"
-"""File of this accuracy in the folder of the measure stage; runs of earlier releases have none."""
 
 
 @exact_float32()
@@ -87,7 +86,7 @@ def measure_subnets(
     rows = list(known)
     for subnet in subnets.all[len(rows) :]:
         top1, top5 = subnet_accuracy(supernet, subnet, data, split, normalization)
-        cost = subnet_cost(supernet.spec, subnet, data.image_shape[-1])
+        cost = subnet_cost(supernet.spec, subnet, image_size_of(data.image_shape))
         rows.append(
             {
                 "name": subnet.name,
@@ -173,10 +172,10 @@ def build_routing_table(
     subnets = supernet.subnets
     tree = RouteTree.of(subnets)
     if given is None:
-        plan = _EvidencePlan(supernet, tree, data.image_shape[-1], EVIDENCE_PARTS, len(tree.gates))
+        plan = _EvidencePlan(supernet, tree, image_size_of(data.image_shape), EVIDENCE_PARTS, len(tree.gates))
         run = partial(each_logits, supernet, subnets=subnets.members)
     else:
-        plan = _EvidencePlan(supernet, tree, data.image_shape[-1], given.parts, given.num_gates(tree))
+        plan = _EvidencePlan(supernet, tree, image_size_of(data.image_shape), given.parts, given.num_gates(tree))
         run = partial(_logits_of_segments, given, supernet, tree)
     device = next(supernet.parameters()).device
     supernet.eval()
@@ -198,7 +197,7 @@ def build_routing_table(
         done += len(labels)
         on_progress(done, data.num_images(split))
     arrays = {name: torch.cat([row[name] for row in rows]).numpy() for name in rows[0]}
-    costs = [subnet_cost(supernet.spec, subnet, data.image_shape[-1]) for subnet in subnets]
+    costs = [subnet_cost(supernet.spec, subnet, image_size_of(data.image_shape)) for subnet in subnets]
     return RoutingTable(
         split=split,
         routes=tuple(subnet.name for subnet in subnets),
@@ -253,7 +252,7 @@ class _EvidencePlan:
     """
 
     def __init__(
-        self, supernet: Supernet, tree: RouteTree, image_size: int, parts: Sequence[str], num_gates: int
+        self, supernet: Supernet, tree: RouteTree, image_size: ImageSize, parts: Sequence[str], num_gates: int
     ) -> None:
         self._parts = [part for part in EVIDENCE_PARTS if part in parts]
         self._subnets = supernet.subnets

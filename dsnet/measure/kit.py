@@ -28,9 +28,11 @@ from dsnet.deploy.onnx_files import tail_name
 from dsnet.deploy.onnx_graphs import OPSET
 from dsnet.deploy.segments import CutSegments
 from dsnet.errors import ConfigError, DataError
-from dsnet.files import atomic_write_bytes, atomic_write_json, file_sha256
+from dsnet.files import atomic_write_bytes, atomic_write_json, file_sha256, writing
+from dsnet.image_size import ImageSize, height_and_width
 from dsnet.measure.engine_parts import HIDDEN, PartGraphs
-from dsnet.measure.latency import MIN_REPEATS, TRUNK, LatencySamples, MachineLoad, Rounds
+from dsnet.measure.latency import MIN_REPEATS, TRUNK, LatencySamples, Rounds
+from dsnet.measure.latency_table import MachineLoad
 from dsnet.measure.settings import LatencySettings
 from dsnet.measure.time_kit import DESCRIPTION, KIT_VERSION
 from dsnet.network.supernet import Supernet
@@ -83,12 +85,12 @@ class _KitGraph:
         }
 
 
-def write_kit(supernet: Supernet, image_size: int, settings: LatencySettings, folder: Path) -> Path:
+def write_kit(supernet: Supernet, image_size: ImageSize, settings: LatencySettings, folder: Path) -> Path:
     """Write a kit.
 
     Args:
         supernet: trained and recalibrated, on the CPU; not changed.
-        image_size: side in pixels.
+        image_size: size of the images.
         settings: sizes, repeats and warm-up; device, engine and threads are those of the device.
         folder: receives the kit; must be empty or not exist.
 
@@ -102,9 +104,10 @@ def write_kit(supernet: Supernet, image_size: int, settings: LatencySettings, fo
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder; name a new one")
     graphs = PartGraphs.of(supernet, image_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    copyfile(Path(__file__).with_name(SCRIPT), folder / SCRIPT)
-    np.savez(folder / EXAMPLES, **_examples(supernet, image_size))  # type: ignore[arg-type]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        copyfile(Path(__file__).with_name(SCRIPT), folder / SCRIPT)
+        np.savez(folder / EXAMPLES, **_examples(supernet, image_size))  # type: ignore[arg-type]
     described = []
     for graph in _kit_graphs(graphs, settings):
         graph.model.ir_version = IR_VERSION
@@ -113,7 +116,7 @@ def write_kit(supernet: Supernet, image_size: int, settings: LatencySettings, fo
     files = [SCRIPT, EXAMPLES, *(graph["file"] for graph in described)]
     content = {
         "version": KIT_VERSION,
-        "shape": [supernet.spec.in_channels, image_size, image_size],
+        "shape": [supernet.spec.in_channels, *height_and_width(image_size)],
         "opset": OPSET,
         "rounds": max(settings.repeats, MIN_REPEATS),
         "warmup": settings.warmup,
@@ -149,10 +152,10 @@ def _logits(route: int) -> str:
 
 
 @torch.inference_mode()
-def _examples(supernet: Supernet, image_size: int) -> dict[str, NDArray[np.float32]]:
+def _examples(supernet: Supernet, image_size: ImageSize) -> dict[str, NDArray[np.float32]]:
     """Random images, and what torch gives for them."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn((NUM_EXAMPLES, supernet.spec.in_channels, image_size, image_size), generator=generator)
+    images = torch.randn((NUM_EXAMPLES, supernet.spec.in_channels, *height_and_width(image_size)), generator=generator)
     trunk = CutSegments(supernet, RouteTree.of(supernet.subnets)).trunk(images)
     logits = {_logits(k): supernet(images, subnet) for k, subnet in enumerate(supernet.subnets.members)}
     outputs = {IMAGES: images, FEATURES: trunk.features, HIDDEN: trunk.evidence(HIDDEN), **logits}

@@ -20,6 +20,8 @@ Sizes = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 """Numbers of images per call, increasing."""
 EngineName = Annotated[str, OneOf(engine_names)]
 """Name of what runs the networks: torch, or an engine for ONNX graphs (`dsnet.deploy.engines`)."""
+TRAIN_SAMPLE_FILE = "train_sample.json"
+"""File of this accuracy in the folder of the measure stage; runs of earlier releases have none."""
 
 
 def device_name_problem(name: str) -> str | None:

@@ -243,10 +243,17 @@ def check_writable(path: str) -> None:
 
 
 def write_json(path: str, value: dict[str, Any]) -> None:
-    """Replace a file by JSON, never by half of it."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-    os.replace(path + ".tmp", path)
+    """Replace a file by JSON, never by half of it.
+
+    Raises:
+        KitError: it cannot be written.
+    """
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, allow_nan=False)
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise KitError(f"{path} cannot be written ({error}); make room, or choose another file with --out") from error
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -308,7 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("stopped before a round was finished; nothing is written")
         return 130
     result["load_average"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-    write_json(options.out, result)
+    try:
+        write_json(options.out, result)
+    except KitError as error:
+        say(f"error: {error}")
+        return 1
     say("{}: {} rounds{}".format(options.out, num_rounds, ", then stopped" if is_stopped else ""))
     if num_rounds < MIN_ROUNDS:
         say(f"warning: that is fewer than {MIN_ROUNDS}, so it cannot be imported; run the script again")

@@ -3,10 +3,11 @@ slices them.
 
 Everything that copies weights from one network to another reads this table: the slices of a call,
 cut networks, smaller supernets (`restrict`, bundles) and other orders of channels
-(`dsnet.structure.order`). There are four rules. Channels of a group are a prefix. Those of a stream
-that several groups write in one order are as many as those of the widest (`Axis.union`). Those of a
-stream whose writers have their own channels are their union (`Stream`). The pixels of a kernel are
-its centre (`Axis.is_centred`).
+(`dsnet.structure.order`). There are four rules. Channels of a group are a prefix; those that are
+the first ones of a stream share its order (`Axis.within`). Those of a stream that several groups
+write in one order are as many as those of the widest (`Axis.union`). Those of a stream whose
+writers have their own channels are their union (`Stream`). The pixels of a kernel are its centre
+(`Axis.is_centred`).
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ class Axis:
     union: tuple[int, ...] = ()
     """Further groups that write the channels of the only part in one order, so that it is as wide
     as the widest of all of them: a residual stream."""
+    within: tuple[int, ...] = ()
+    """Groups with whose order that of the only part agrees, although its width is its own: the
+    stream of which a block reads and writes the first channels."""
     streams: tuple[Stream | None, ...] = ()
     """For each part the stream that it is, None where it is a group's channels alone; empty where
     all are."""
@@ -120,6 +124,11 @@ class Axis:
         """The axis of a stream that several groups write in one order."""
         first, *others = groups
         return cls(((first, 1, max(spec.groups[group].max_width for group in groups)),), tuple(others))
+
+    @classmethod
+    def slice_of(cls, stream: int, group: int, spec: SupernetSpec) -> Axis:
+        """The axis of the first channels of a stream, as many as the width of `group`."""
+        return replace(cls.of(((group, 1),), spec), within=(stream,))
 
     @classmethod
     def kernel(cls, group: int, spec: SupernetSpec) -> Axis:

@@ -33,18 +33,27 @@ def swish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Channel groups, stride and attention size of a separable block."""
+    """Channel groups, stride, kernel and attention size of a separable block."""
 
     in_group: int
     out_group: int
     stride: int
     hidden: int
     """Channels of the attention's hidden layer."""
+    kernel: int = 3
+    """Height and width in pixels of depthwise kernels that are never sliced."""
+    kernel_group: int | None = None
+    """The group whose width is the size of the kernel, which must come before `in_group`, so that
+    the keys of all statistics contain it; None: `kernel` is."""
+
+    def kernel_of(self, subnet: Subnet) -> int | None:
+        """The size of the kernel in a sub-network; None for the whole one."""
+        return None if self.kernel_group is None else subnet.widths[self.kernel_group]
 
 
 class SeparableBlock(nn.Module):
-    """Separable block: dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish (docs/methods.md,
-    section 2).
+    """Separable block: depthwise -> BN -> Swish -> attention | pw1x1 -> BN -> Swish
+    (docs/methods.md, section 2).
 
     At `|` a gate may decide the width of the pointwise convolution.
     """
@@ -54,7 +63,8 @@ class SeparableBlock(nn.Module):
         self.shape = shape
         groups, norm = subnets.spec.groups, subnets.spec.norm
         max_in, max_out = groups[shape.in_group].max_width, groups[shape.out_group].max_width
-        self.depthwise = SlicedDepthwiseConv2d(max_in, 3, shape.stride, generator)
+        kernel = shape.kernel if shape.kernel_group is None else groups[shape.kernel_group].max_width
+        self.depthwise = SlicedDepthwiseConv2d(max_in, kernel, shape.stride, generator)
         self.depthwise_norm = make_norm(norm, max_in, subnets.prefixes(shape.in_group))
         self.attention = SlicedAttention(max_in, shape.hidden, generator)
         self.pointwise = SlicedConv2d(max_in, max_out, 1, 1, generator)
@@ -68,17 +78,18 @@ class SeparableBlock(nn.Module):
         Float[Tensor, "batch hidden"],
     ]:
         """Run the first half: [B, c, H, W] -> (attended, attention's input, hidden vector)."""
-        x = swish(self._normalised_depthwise(x, subnet.prefix(self.shape.in_group + 1)))
+        x = swish(self._normalised_depthwise(x, subnet))
         attended, hidden = self.attention(x)
         return attended, x, hidden
 
-    def _normalised_depthwise(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
+    def _normalised_depthwise(self, x: Tensor, subnet: Subnet) -> Tensor:
         """Depthwise convolution and norm, fused into one operation where statistics are fixed and
         gradients off."""
-        norm = self.depthwise_norm
+        norm, prefix = self.depthwise_norm, subnet.prefix(self.shape.in_group + 1)
+        kernel = self.shape.kernel_of(subnet)
         if isinstance(norm, BatchNormBank) and not norm.training and not torch.is_grad_enabled():
-            return self.depthwise(x, *norm.scale_and_shift(prefix))
-        return norm(self.depthwise(x), prefix)
+            return self.depthwise(x, *norm.scale_and_shift(prefix), kernel=kernel)
+        return norm(self.depthwise(x, kernel=kernel), prefix)
 
     def after_gate_nested(
         self, x: Float[Tensor, "batch channels height width"], prefixes: Sequence[tuple[int, ...]]
@@ -93,7 +104,7 @@ class SeparableBlock(nn.Module):
         self, x: Float[Tensor, "batch channels height width"], prefixes: Sequence[tuple[int, ...]]
     ) -> Float[Tensor, "batch channels out_height out_width"]:
         """Run depthwise convolution, BatchNorm and Swish once for several sub-networks (training
-        only).
+        only) whose kernels are whole.
 
         The input of each is a prefix of the channels of `x`.
         """
@@ -117,8 +128,10 @@ class SeparableBlock(nn.Module):
     def axes(self, spec: SupernetSpec) -> Mapping[str, Axes]:
         """The axes of all tensors with channels, by name."""
         read, written = (Axis.of(((group, 1),), spec) for group in (self.shape.in_group, self.shape.out_group))
+        group = self.shape.kernel_group
+        sides: Axes = () if group is None else (None, *2 * (Axis.kernel(group, spec),))
         return {
-            "depthwise.weight": (read,),
+            "depthwise.weight": (read, *sides),
             **prefixed("depthwise_norm", norm_axes(self.depthwise_norm, read)),
             **prefixed("attention", self.attention.axes(read)),
             "pointwise.weight": (written, read),
@@ -128,7 +141,8 @@ class SeparableBlock(nn.Module):
     def cut_before(self, subnet: Subnet) -> PlainBeforeGate:
         """The first half of one sub-network as a plain module."""
         prefix = subnet.prefix(self.shape.in_group + 1)
-        conv = ConvNormSwish(self.depthwise.cut(prefix[-1]), self.depthwise_norm.cut(prefix))
+        depthwise = self.depthwise.cut(prefix[-1], self.shape.kernel_of(subnet))
+        conv = ConvNormSwish(depthwise, self.depthwise_norm.cut(prefix))
         return PlainBeforeGate(conv, self.attention.cut(prefix[-1]))
 
     def cut_after(self, subnet: Subnet) -> ConvNormSwish:

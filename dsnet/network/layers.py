@@ -44,7 +44,8 @@ class SlicedConv2d(nn.Module):
 
 
 class SlicedDepthwiseConv2d(nn.Module):
-    """Depthwise convolution without bias, sliced to the input's channels."""
+    """Depthwise convolution without bias, sliced to the input's channels, and to the centre of its
+    kernels where a smaller kernel is asked for."""
 
     def __init__(self, max_channels: int, kernel: int, stride: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -57,18 +58,32 @@ class SlicedDepthwiseConv2d(nn.Module):
         x: Float[Tensor, "batch channels height width"],
         scale: Float[Tensor, " channels"] | None = None,
         shift: Float[Tensor, " channels"] | None = None,
+        *,
+        kernel: int | None = None,
     ) -> Float[Tensor, "batch channels out_height out_width"]:
         """[B, c, H, W] -> [B, c, ceil(H / stride), ceil(W / stride)], then times `scale` plus
-        `shift` (each [c]) where given."""
+        `shift` (each [c]) where given.
+
+        `kernel` is the size of the kernels in pixels, None for the whole ones.
+        """
         num_channels = x.shape[1]
-        weight = corner(self.weight, num_channels)
+        weight = _centre(corner(self.weight, num_channels), kernel)
         if scale is not None:
             weight = weight * scale[:, None, None, None]
         return F.conv2d(x, weight, shift, stride=self.stride, padding=weight.shape[-1] // 2, groups=num_channels)
 
-    def cut(self, num_channels: int) -> nn.Conv2d:
+    def cut(self, num_channels: int, kernel: int | None = None) -> nn.Conv2d:
         """The slice as a plain depthwise convolution."""
-        return _plain_conv(self.weight[:num_channels], self.stride, groups=num_channels)
+        return _plain_conv(_centre(self.weight[:num_channels], kernel), self.stride, groups=num_channels)
+
+
+def _centre(weight: Tensor, kernel: int | None) -> Tensor:
+    """The centre of the kernels of a convolution, `kernel` pixels high and wide; all for None."""
+    whole = weight.shape[-1]
+    if kernel is None or kernel == whole:
+        return weight
+    edge = (whole - kernel) // 2
+    return weight[..., edge : edge + kernel, edge : edge + kernel]
 
 
 class SlicedLinear(nn.Module):
@@ -434,6 +449,16 @@ class SlicedAttention(nn.Module):
             plain.expand_weight.copy_(self.expand_weight[:num_channels])
             plain.expand_bias.copy_(self.expand_bias[:num_channels])
         return plain
+
+
+def undecayed(module: nn.Module) -> frozenset[str]:
+    """The names of a network's parameters that weight decay leaves alone although they have two or
+    more dimensions: those that a part of it lists as `UNDECAYED`."""
+    return frozenset(
+        f"{name}.{leaf}" if name else leaf
+        for name, part in module.named_modules()
+        for leaf in getattr(type(part), "UNDECAYED", ())
+    )
 
 
 def key_suffix(prefix: tuple[int, ...]) -> str:

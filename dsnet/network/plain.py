@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from dsnet.errors import ConfigError
+from dsnet.image_size import ImageSize, height_and_width
 from dsnet.import_path import is_model_path
 from dsnet.space.spec import SupernetSpec
 from dsnet.user_code import import_allowed
@@ -24,9 +25,9 @@ OwnOptions = tuple[tuple[str, float], ...]
 """Options of a network by name, sorted."""
 
 
-def example_image(channels: int, size: int) -> Float32[Tensor, "1 channels size size"]:
+def example_image(channels: int, size: ImageSize) -> Float32[Tensor, "1 channels height width"]:
     """The image with which a network is traced."""
-    return torch.zeros(1, channels, size, size)
+    return torch.zeros(1, channels, *height_and_width(size))
 
 
 def make_plain(model: str, num_classes: int, in_channels: int, seed: int, options: OwnOptions = ()) -> nn.Module:

@@ -82,6 +82,15 @@ class ChannelPlaces(NamedTuple):
     """Number of all channels."""
 
 
+class PlainState(NamedTuple):
+    """The weights of a plain network as a supernet has them."""
+
+    tensors: Mapping[str, Shaped[Tensor, "*_"]]
+    """By their names in the supernet; a tensor that has no place there keeps its name."""
+    lacking: frozenset[str]
+    """The tensors of the supernet that the plain network does not have, such as those of gates."""
+
+
 class Supernet(nn.Module, ABC):
     """A weight-sharing network over one `SubnetSet`; base class of the families' networks.
 
@@ -250,6 +259,28 @@ class Supernet(nn.Module, ABC):
         dimensions, as filters have."""
         return frozenset()
 
+    def fitted(
+        self, tensors: Mapping[str, Shaped[Tensor, "*_"]], spec: SupernetSpec
+    ) -> Mapping[str, Shaped[Tensor, "*_"]]:
+        """The state dict of a supernet of this family for images of this one's size, where tensors
+        depend on it.
+
+        Args:
+            tensors: the state dict.
+            spec: the spec of the supernet that it belongs to.
+        """
+        return tensors
+
+    def plain_state(self, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> PlainState | None:
+        """The state dict of a plain network whose weights this one can start with, as this one has
+        it; None where there is no such network."""
+        return None
+
+    def sorted_plain(self, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> Mapping[str, Shaped[Tensor, "*_"]]:
+        """The weights of a plain network, by their names here, in the order in which this network
+        takes them, so that its widest sub-network computes the same."""
+        return tensors
+
     def batch_norms(self) -> list[BatchNormBank]:
         """All BatchNorm banks in module order; empty for a network without statistics."""
         return [module for module in self.modules() if isinstance(module, BatchNormBank)]
@@ -293,10 +324,7 @@ def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:
     """
     kept = supernet.subnets.subset(members)
     widest = tuple(max(widths) for widths in zip(*(subnet.widths for subnet in kept), strict=True))
-    groups = tuple(
-        replace(group, max_width=width, ids=group.ids[:width])
-        for group, width in zip(supernet.spec.groups, widest, strict=True)
-    )
+    groups = tuple(group.narrowed(width) for group, width in zip(supernet.spec.groups, widest, strict=True))
     spec = replace(supernet.spec, groups=groups)
     small = type(supernet)(spec, SubnetSet(spec, kept.members)).to(next(supernet.parameters()))
     source, axes = supernet.state_dict(), supernet.axes()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, fx, nn
 
+from dsnet.image_size import ImageSize
 from dsnet.network.axes import Axes, Axis, Widths, take
 from dsnet.network.channels import (
     OWN,
@@ -249,10 +250,9 @@ class TracedLayerNorm(nn.Module):
         """The slice as a plain LayerNorm."""
         weight, bias = self._slices(widths)
         plain = nn.LayerNorm(self.channels.size(widths), self.eps, weight is not None, bias is not None)
-        with torch.no_grad():
-            for parameter, value in ((plain.weight, weight), (plain.bias, bias)):
-                if value is not None:
-                    parameter.copy_(value)
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None:
+                plain.register_parameter(name, nn.Parameter(value.detach().clone()))
         return plain
 
     def _slices(self, widths: Widths) -> tuple[Tensor | None, Tensor | None]:
@@ -541,7 +541,7 @@ class TracedSupernet(Supernet):
 
 @lru_cache(maxsize=64)
 def traced_graph(
-    model: str, num_classes: int, in_channels: int, image_size: int, streams: str, options: OwnOptions = ()
+    model: str, num_classes: int, in_channels: int, image_size: ImageSize, streams: str, options: OwnOptions = ()
 ) -> TracedGraph:
     """The graph of a network by name with the channels of its values; its parameters have shapes,
     but no values. A process traces each network once.
@@ -550,7 +550,7 @@ def traced_graph(
         model: a name for `make_plain`.
         num_classes: number of logits.
         in_channels: channels of the image.
-        image_size: height and width of the image.
+        image_size: size of the image.
         streams: one of `dsnet.network.channels.STREAMS`.
         options: options for `make_plain`.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -53,11 +55,13 @@ def _with_shapes(module: nn.Module, image: Tensor, concrete_args: Mapping[str, A
             node.target = "reshape"  # which gives the same, and takes images of any memory format
     graph.recompile()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), redirect_stderr(StringIO()):  # torch prints the error that it raises
             _CountingShapes(graph).propagate(image)
     except Exception as error:
+        reason = error.__cause__ or error  # torch wraps the module's own error in a long one
         raise ConfigError(
-            f"{type(module).__name__} does not run on an image of {' x '.join(map(str, image.shape[1:]))}: {first_line(error)}"
+            f"{type(module).__name__} does not run on an image of {' x '.join(map(str, image.shape[1:]))}: {first_line(reason)}; "
+            "choose another data.image_size, or another network"
         ) from error
     return graph
 
@@ -69,7 +73,7 @@ class _CountingShapes(ShapeProp):
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused operation
         try:
-            with FlopCounterMode(display=False, custom_mapping=_FUSED) as self._counter:
+            with FlopCounterMode(display=False, custom_mapping=FUSED) as self._counter:
                 return super().propagate(*args)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -85,8 +89,9 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return int(sdpa_flop_count(query, key, value))
 
 
-_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-"""Operations that torch's counter takes for free."""
+FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""Operations that torch's counter of FLOPs takes for free, with their formulas: its
+`custom_mapping`."""
 
 
 def _line_of(error: BaseException, module: nn.Module) -> str:

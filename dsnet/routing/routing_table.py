@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dsnet.errors import CheckpointError
-from dsnet.files import parse_json, replacing
+from dsnet.files import parse_json, reading, replacing
 from dsnet.space.route_tree import RouteTree
 
 SCHEMA_VERSION = 2
@@ -196,17 +196,14 @@ class RoutingTable:
         """Write the table as one safetensors file, atomically.
 
         Raises:
-            CheckpointError: it cannot be written.
+            StorageError: it cannot be written.
         """
         arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays().items()}
         # A single entry, so that equal tables give equal files: safetensors writes several in no
         # fixed order.
         metadata = {"routing_table": json.dumps({**self.meta(), "sha256": _digest(arrays)})}
         with replacing(path) as temporary:
-            try:
-                save_file(arrays, temporary, metadata=metadata)
-            except SafetensorError as error:
-                raise CheckpointError(f"cannot write {path}: {error}") from error
+            save_file(arrays, temporary, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> RoutingTable:
@@ -218,7 +215,7 @@ class RoutingTable:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such routing table")
         try:
-            with safe_open(path, framework="numpy") as stored:
+            with reading(path), safe_open(path, framework="numpy") as stored:
                 meta = parse_json((stored.metadata() or {})["routing_table"], str(path))
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
             if meta["sha256"] != _digest(arrays):

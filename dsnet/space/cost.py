@@ -1,9 +1,9 @@
 """Analytic cost of a sub-network, MAdds and parameters, from the spec alone (without torch).
 
 MAdds are multiply-accumulates of one image (1 MAC = 2 FLOPs). As usual in the field, convolutions,
-linear layers and pooling (C*H*W of its input) count; BatchNorm, activations, biases and
-element-wise products do not. Slimming heads are not included: a route's dynamic cost is its
-sub-network's plus `gate_madds` (docs/methods.md, sections 2 and 4).
+linear layers, the products of self-attention and pooling (C*H*W of its input) count; norms,
+activations, softmax, biases and element-wise products do not. Slimming heads are not included: a
+route's dynamic cost is its sub-network's plus `gate_madds` (docs/methods.md, sections 2 and 4).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from dsnet.image_size import ImageSize, height_and_width, shorter_side
 from dsnet.space.spec import IMAGE, Op, Pair, Subnet, SupernetSpec
 
 
@@ -32,8 +33,8 @@ class Cost:
         return self.segments[0]
 
 
-def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
-    """Cost of `subnet` on square images of `image_size` pixels.
+def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: ImageSize) -> Cost:
+    """Cost of `subnet` on images of a size.
 
     Raises:
         ValueError: the sub-network does not fit the supernet, or the size is below 1.
@@ -46,23 +47,29 @@ def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
     return Cost(sum(segments), params, tuple(segments))
 
 
-def op_costs(spec: SupernetSpec, subnet: Subnet, image_size: int) -> list[tuple[int, int]]:
+def op_costs(spec: SupernetSpec, subnet: Subnet, image_size: ImageSize) -> list[tuple[int, int]]:
     """MAdds of one image and number of parameters of every operation of the spec, in its order.
 
     Raises:
         ValueError: the sub-network does not fit the supernet, or the size is below 1.
     """
     spec.check(subnet)
-    if image_size < 1:
-        raise ValueError(f"image_size is {image_size}, but must be at least 1 pixel")
-    sizes = {IMAGE: (image_size, image_size)}
+    if shorter_side(image_size) < 1:
+        raise ValueError(f"image_size is {image_size}, but must be at least 1 pixel high and wide")
+    sizes = {IMAGE: height_and_width(image_size)}
     costs = []
     for op in spec.ops:
         size = sizes[op.reads]
+        if not op.runs(subnet.widths):
+            sizes[op.name] = size
+            costs.append((0, 0))
+            continue
         sizes[op.name] = _output_size(op, size)
         num_in = op.input_width(spec, subnet.widths)
         is_traced_depthwise = op.kind == "depthwise" and op.parts
-        num_out = num_in * op.divisions if is_traced_depthwise else spec.width_of(op.out_group, subnet.widths)
+        num_out = (
+            num_in * op.divisions if is_traced_depthwise else op.out_repeat * spec.width_of(op.out_group, subnet.widths)
+        )
         taps = _taps(op, spec, subnet)
         costs.append((_madds(op, taps, (num_in, num_out), size, sizes[op.name]), _params(op, taps, num_in, num_out)))
     return costs
@@ -92,18 +99,18 @@ def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
     return total
 
 
-def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int) -> int:
+def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: ImageSize) -> int:
     """MAdds of pooling the input of a gate's attention once (C*H*W), on the path of `subnet`.
 
     Raises:
         ValueError: the spec has no op with the name of the gate's attention.
     """
-    sizes = {IMAGE: (image_size, image_size)}
+    sizes = {IMAGE: height_and_width(image_size)}
     for op in spec.ops:
         size = sizes[op.reads]
         if op.name == spec.gates[gate].attention:
             return op.input_width(spec, subnet.widths) * size[0] * size[1]
-        sizes[op.name] = _output_size(op, size)
+        sizes[op.name] = _output_size(op, size) if op.runs(subnet.widths) else size
     raise ValueError(_no_attention(spec, gate))
 
 
@@ -134,6 +141,8 @@ def _output_size(op: Op, size: Pair) -> Pair:
         return op.window.output_size(size)
     if op.kind in ("pool", "linear"):
         return 1, 1
+    if op.kind == "tokens":
+        return size[0] * size[1] + 1, 1
     return -(-size[0] // op.stride), -(-size[1] // op.stride)
 
 
@@ -142,19 +151,19 @@ def _madds(op: Op, taps: int, channels: Pair, size_in: Pair, size_out: Pair) -> 
     num_in, num_out = channels
     pixels_in, pixels_out = size_in[0] * size_in[1], size_out[0] * size_out[1]
     match op.kind:
-        case "conv":
-            return taps * num_in * num_out * pixels_out
-        case "grouped":
+        case "conv" | "grouped":
             return taps * (num_in // op.divisions) * num_out * pixels_out
         case "depthwise":
             return taps * num_in * op.divisions * pixels_out
         case "attention":
-            return num_in * pixels_in + 2 * op.hidden * num_in
+            return num_in * pixels_in + (op.divisions + 1) * op.hidden * num_in
         case "pool" | "maxpool":
             return num_in * pixels_in
         case "linear":
             return num_in * num_out
-        case "norm" | "scale" | "fixed":
+        case "mixing":
+            return 2 * num_in * pixels_in**2
+        case "norm" | "scale" | "tokens" | "fixed":
             return op.fixed_madds
 
 
@@ -175,10 +184,10 @@ def _params(op: Op, taps: int, num_in: int, num_out: int) -> int:
         case "depthwise":
             return taps * num_in * op.divisions + further
         case "attention":
-            return 2 * op.hidden * num_in + op.hidden + num_in
-        case "pool" | "maxpool" | "fixed":
+            return (op.divisions + 1) * op.hidden * num_in + op.hidden + num_in
+        case "pool" | "maxpool" | "mixing" | "fixed":
             return op.fixed_params
         case "linear":
             return num_in * num_out + (num_out if op.has_bias or not op.parts else 0)
-        case "norm" | "scale":
+        case "norm" | "scale" | "tokens":
             return num_in * (2 if op.kind == "norm" else op.divisions)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from dsnet.errors import CheckpointError
+from dsnet.image_size import ImageSize, normal_size
 
 IMAGE = "image"
 """The `reads` of an op that takes the network's input."""
@@ -27,7 +28,22 @@ NORMS: tuple[str, ...] = get_args(Norm)
 training), in this order: BatchNorm with private running statistics per prefix of widths and one
 shared affine pair; with private affine pairs too; with private statistics that only recalibration
 computes, not training; or GroupNorm, which keeps no statistics."""
-OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear", "grouped", "norm", "scale", "fixed"]
+OpKind = Literal[
+    "conv",
+    "depthwise",
+    "attention",
+    "maxpool",
+    "pool",
+    "linear",
+    "grouped",
+    "norm",
+    "scale",
+    "fixed",
+    "tokens",
+    "mixing",
+]
+GroupKind = Literal["channels", "kernel", "heads", "depth", "slice"]
+GROUP_KINDS: tuple[str, ...] = get_args(GroupKind)
 Pair = tuple[int, int]
 """Height and width."""
 
@@ -44,13 +60,39 @@ class ChannelGroup:
     """The channel of the residual stream that each of its channels is, where several groups write
     one stream and each has its own order; empty: the first channel of the group is the first of the
     stream, and so on."""
-    is_kernel: bool = False
-    """Whether the width is no number of channels but the size of a kernel, in pixels; a smaller
-    kernel is the centre of the larger one, so that all sizes are odd or all are even."""
+    kind: GroupKind = "channels"
+    """What the width counts. `channels`: channels that a layer writes. `slice`: the first channels
+    of a residual stream, which a block reads and writes; the others pass it unchanged. `heads`:
+    attention heads. `depth`: blocks, of which the first ones run. `kernel`: the size of a kernel in
+    pixels; a smaller kernel is the centre of the larger one, so that all sizes are odd or all are
+    even."""
+    choices: tuple[int, ...] = ()
+    """The possible widths, rising, the largest of them `max_width`; empty: any up to it."""
 
     def channels(self, width: int) -> Sequence[int]:
         """The channels of its stream that a sub-network of this width has, in the group's order."""
         return self.ids[:width] if self.ids else range(width)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it has one width only."""
+        return bool(self.pinned) or self.choices == (self.max_width,)
+
+    @property
+    def is_size(self) -> bool:
+        """Whether the width is the size of a kernel or a number of blocks, whose parts have places
+        of their own: they cannot be sorted, and no score of channels is one of theirs."""
+        return self.kind in ("kernel", "depth")
+
+    def step(self, step: int) -> int:
+        """The step of its widths where those of channels are multiples of `step`: heads and blocks
+        are counted one by one."""
+        return 1 if self.kind in ("heads", "depth") else step
+
+    def narrowed(self, width: int) -> ChannelGroup:
+        """The group of a network that has no more of it than a sub-network of this width."""
+        choices = tuple(choice for choice in self.choices if choice <= width)
+        return replace(self, max_width=width, ids=self.ids[:width], choices=choices)
 
 
 @dataclass(frozen=True)
@@ -101,6 +143,10 @@ class Op:
     Spatial size: `conv`, `depthwise` and `maxpool` pad by `kernel // 2`, so n pixels become ceil(n
     / stride); `pool` and `linear` have size 1; `attention` keeps its input's size. A `scale` is a
     LayerNorm, or parameters by which channels are multiplied or shifted; it costs no MAdds.
+    `tokens` turns h x w positions into h w + 1 tokens, of which the first is the class token, and
+    adds a position to each; tokens have the size (number, 1). `mixing` is the two products of
+    self-attention that have the square of the number of tokens: queries with keys, and the result
+    with values; it reads queries, which have as many channels as keys and as values.
     """
 
     name: str
@@ -132,7 +178,14 @@ class Op:
     has_bias: bool = False
     divisions: int = 1
     """Groups of a grouped convolution; output channels per input channel of a depthwise one;
-    parameters per channel of a `scale`."""
+    parameters per channel of a `scale` or of `tokens`; values per channel that the hidden layer of
+    an `attention` reads."""
+    out_repeat: int = 1
+    """Output channels per unit of `out_group`: those of a head in queries, keys and values."""
+    when: Pair | None = None
+    """(depth group, number of a block): the op runs only in sub-networks in which the group's width
+    is above the number. In the others its input passes, and it costs nothing. None: it always
+    runs."""
     fixed_madds: int = 0
     """MAdds of an operation of kind `fixed`, which every sub-network runs with all channels and
     whose cost no formula here gives; counted on images of the spec's size."""
@@ -141,6 +194,10 @@ class Op:
     depends: tuple[int, ...] = ()
     """Groups whose widths are the key of the op's BatchNorm statistics, the written ones last;
     empty: all groups up to `out_group`."""
+
+    def runs(self, widths: Sequence[int]) -> bool:
+        """Whether the op runs at a sub-network's widths."""
+        return self.when is None or widths[self.when[0]] > self.when[1]
 
     def input_width(self, spec: SupernetSpec, widths: Sequence[int]) -> int:
         """Number of input channels for a sub-network's widths; of the image, all its channels."""
@@ -187,9 +244,9 @@ class SupernetSpec:
     family: str
     num_classes: int
     in_channels: int
-    image_size: int
-    """Height and width in pixels for which the network is laid out; costs can be computed for any
-    other size."""
+    image_size: ImageSize
+    """Size of the images for which the network is laid out; costs can be computed for any other
+    size."""
     groups: tuple[ChannelGroup, ...]
     """The channel groups in topological order."""
     ops: tuple[Op, ...]
@@ -203,11 +260,23 @@ class SupernetSpec:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; known: {', '.join(NORMS)}")
+        object.__setattr__(self, "image_size", normal_size(self.image_size))  # a list where it comes from JSON
         for group in self.groups:
+            if group.kind not in GROUP_KINDS:
+                raise ValueError(
+                    f"channel group {group.name!r} is of kind {group.kind!r}; known: {', '.join(GROUP_KINDS)}"
+                )
             if group.ids and (len(group.ids) != group.max_width or len(set(group.ids)) < len(group.ids)):
                 raise ValueError(
                     f"channel group {group.name!r} has {group.max_width} channels, but its ids are {len(group.ids)} numbers, of which "
                     f"{len(set(group.ids))} are different"
+                )
+            if group.choices and (
+                list(group.choices) != sorted(set(group.choices)) or group.choices[-1] != group.max_width
+            ):
+                raise ValueError(
+                    f"channel group {group.name!r} has the choices {list(group.choices)}, but they must rise and end with "
+                    f"{group.max_width}"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -223,7 +292,7 @@ class SupernetSpec:
             for name in [name for name, default in _OP_DEFAULTS.items() if op[name] == default]:
                 del op[name]
         for group in data["groups"]:
-            for name in [name for name in ("pinned", "ids", "is_kernel") if not group[name]]:
+            for name in [name for name, default in _GROUP_DEFAULTS.items() if group[name] == default]:
                 del group[name]
         return data
 
@@ -281,6 +350,16 @@ class SupernetSpec:
         return self.gates[gate].num_prefix_groups if gate < len(self.gates) else len(self.groups)
 
     @property
+    def has_norms(self) -> bool:
+        """Whether the network has norms of the kind `norm`; a LayerNorm is none."""
+        return any(op.has_norm or op.kind == "norm" for op in self.ops)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the network has BatchNorm, which keeps statistics."""
+        return self.norm != "group_norm" and self.has_norms
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON form."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
@@ -302,7 +381,12 @@ class SupernetSpec:
                 raise ValueError(
                     f"sub-network {subnet.name!r}: width {width} of channel group {group.name!r} must lie in 1..{group.max_width}"
                 )
-            if group.is_kernel and (group.max_width - width) % 2:
+            if group.choices and width not in group.choices:
+                raise ValueError(
+                    f"sub-network {subnet.name!r}: width {width} of channel group {group.name!r} must be one of "
+                    f"{', '.join(map(str, group.choices))}; the nearest is {min(group.choices, key=lambda own: abs(own - width))}"
+                )
+            if group.kind == "kernel" and (group.max_width - width) % 2:
                 raise ValueError(
                     f"sub-network {subnet.name!r}: a kernel of {width} pixels has no place in the centre of one of {group.max_width} "
                     f"(group {group.name!r}); both must be odd or both even"
@@ -311,13 +395,18 @@ class SupernetSpec:
 
 _OP_DEFAULTS: Mapping[str, Any] = {
     "in_union": (), "parts": (), "unions": (), "kernel_group": None, "window": None, "has_bias": False, "divisions": 1, "depends": (),
-    "fixed_madds": 0, "fixed_params": 0,
+    "fixed_madds": 0, "fixed_params": 0, "out_repeat": 1, "when": None,
 }  # fmt: skip
 """Fields of an op that JSON omits where they have their default."""
+_GROUP_DEFAULTS: Mapping[str, Any] = {"pinned": "", "ids": (), "kind": "channels", "choices": ()}
+"""Fields of a channel group that JSON omits where they have their default."""
 
 
 def _group(data: Mapping[str, Any]) -> ChannelGroup:
-    return ChannelGroup(**{**data, "ids": tuple(data.get("ids", ()))})
+    fields = {**data, "ids": tuple(data.get("ids", ())), "choices": tuple(data.get("choices", ()))}
+    if fields.pop("is_kernel", False):  # earlier specs knew channels and kernels
+        fields["kind"] = "kernel"
+    return ChannelGroup(**fields)
 
 
 def _op(data: Mapping[str, Any]) -> Op:
@@ -330,5 +419,6 @@ def _op(data: Mapping[str, Any]) -> Op:
             "unions": tuple(map(tuple, data.get("unions", ()))),
             "window": None if window is None else Window.from_json(window),
             "depends": tuple(data.get("depends", ())),
+            "when": None if data.get("when") is None else tuple(data["when"]),
         }
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsnet.errors import CheckpointError
+from dsnet.image_size import ImageSize
 from dsnet.space.spec import Subnet, SupernetSpec
 
 
@@ -63,7 +64,7 @@ class SubnetSet:
         declared = (subnet for subnet in self.all if subnet.widths == wanted)
         return next(declared, None) or subnet_at(self.spec, wanted)
 
-    def by_madds(self, image_size: int | None = None) -> tuple[int, ...]:
+    def by_madds(self, image_size: ImageSize | None = None) -> tuple[int, ...]:
         """Member ids from the cheapest to the most expensive; members of equal cost keep their
         order."""
         from dsnet.space.cost import subnet_cost  # only this method needs costs

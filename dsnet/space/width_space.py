@@ -4,7 +4,7 @@ slimmable training and of searches for structures (docs/methods.md, section 7). 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ class WidthSpace:
     `min_share` of the group upwards, and the whole group.
 
     A group that is pinned keeps all channels. The size of a kernel changes by two pixels, whatever
-    `step` and `levels` are.
+    `step` and `levels` are. Heads and blocks are counted one by one. A group with choices has those
+    of them that are large enough.
     """
 
     min_share: float
@@ -52,18 +53,28 @@ class WidthSpace:
         return tuple(self._of(group) for group in spec.groups)
 
     def _of(self, group: ChannelGroup) -> tuple[int, ...]:
-        if group.pinned:
+        if group.is_fixed:
             return (group.max_width,)
-        if group.is_kernel:
-            smallest = max(1, math.ceil(self.min_share * group.max_width - ROUNDING))
+        smallest = max(1, math.ceil(self.min_share * group.max_width - ROUNDING))
+        if group.choices:
+            return self._thinned([choice for choice in group.choices if choice >= smallest])
+        if group.kind == "kernel":
             return tuple(size for size in range(smallest, group.max_width + 1) if (group.max_width - size) % 2 == 0)
-        lowest = max(self.step, math.ceil(self.min_share * group.max_width / self.step - ROUNDING) * self.step)
-        step, most = self.step, self.levels
+        own_step = group.step(self.step)
+        lowest = max(own_step, math.ceil(self.min_share * group.max_width / own_step - ROUNDING) * own_step)
+        step, most = own_step, self.levels
         options = (*range(lowest, group.max_width, step), group.max_width)
         while most is not None and len(options) > max(most, 2):
-            step += self.step
+            step += own_step
             options = (*range(lowest, group.max_width, step), group.max_width)
         return options[-1:] if most == 1 else options
+
+    def _thinned(self, choices: Sequence[int]) -> tuple[int, ...]:
+        """Choices of which no more than `levels` are left: every n-th, counted from the largest."""
+        if self.levels == 1:
+            return tuple(choices[-1:])
+        every = 1 if self.levels is None else math.ceil(len(choices) / max(self.levels, 2))
+        return tuple(reversed(choices[::-1][::every]))
 
     def smallest(self, spec: SupernetSpec) -> tuple[int, ...]:
         """The smallest width of every channel group."""

@@ -24,8 +24,7 @@ from typing import Any
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError
 from dsnet.files import atomic_write_json, file_sha256, known_sha256, read_json
 from dsnet.standalone.resolved import StandaloneConfig
-from dsnet.stored.checkpoint import STRUCTURE
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL, STRUCTURE
 
 STAGES = ("structure", "supernet", "measure", "table")
 """The stages in order; the first only where sub-networks are chosen."""

@@ -31,21 +31,24 @@ from dsnet.environment import installed_versions, resolve_device
 from dsnet.errors import StoppedError
 from dsnet.families import Task
 from dsnet.files import atomic_write_json, read_json
+from dsnet.image_size import image_size_of
 from dsnet.measure.evaluate import (
     EVALUATION_BATCH,
-    TRAIN_SAMPLE_FILE,
     build_routing_table,
     join_tables,
     measure_subnets,
     sample_training_images,
 )
-from dsnet.measure.latency import device_name, latency_file, measure_latency
+from dsnet.measure.latency import device_name, measure_latency
+from dsnet.measure.latency_table import latency_file
+from dsnet.measure.settings import TRAIN_SAMPLE_FILE
 from dsnet.network.supernet import Supernet
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.settings import Device
 from dsnet.standalone.output_folder import STAGES, OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
-from dsnet.stored.checkpoint import STRUCTURE, load_supernet
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.stored.names import FINAL, STRUCTURE
 from dsnet.structure.method import Base, Candidate, Score, StructureProblem
 from dsnet.structure.methods import check_structure
 from dsnet.structure.problem import structure_problem
@@ -54,7 +57,7 @@ from dsnet.structure.search import Scorer
 from dsnet.structure.stage import HeldOut, StructureWork
 from dsnet.training.normalizing import choose_normalization
 from dsnet.training.start import Start, check_start, first_weights, lay_out, load_start
-from dsnet.training.supernet import FINAL, TrainingCallbacks, train_supernet
+from dsnet.training.supernet import TrainingCallbacks, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 
 PACKAGES = ("dsnet-orch", "torch", "numpy", "safetensors", "Pillow", "pyarrow", "scikit-learn")
@@ -195,7 +198,7 @@ class _StageRunner:
     def given(self) -> Given:
         """Network, training settings and start weights before sub-networks are chosen."""
         supernet, images = self.config.supernet, self.images
-        channels, _, size = images.image_shape
+        channels, size = images.image_shape[0], image_size_of(images.image_shape)
         task = Task(num_classes=images.num_classes, in_channels=channels, image_size=size)
         start = None if supernet.init_from is None else load_start(Path(supernet.init_from))
         subnets = lay_out(supernet.model, task, supernet.options, supernet.regime.norm, start)
@@ -215,7 +218,7 @@ class _StageRunner:
     @cached_property
     def problem(self) -> StructureProblem:
         """The choice of sub-networks."""
-        size = self.images.image_shape[-1]
+        size = image_size_of(self.images.image_shape)
         return structure_problem(self.given.first.subnets, self.config.supernet.structure, self.given.run, size)
 
     @cached_property
@@ -338,7 +341,7 @@ class _StageRunner:
             supernet, on = self.trained[0], f" on {name}" if name else ""
             table = measure_latency(
                 supernet,
-                self.data.image_shape[-1],
+                image_size_of(self.data.image_shape),
                 settings,
                 lambda done, of, on=on: self.say(f"measure: latency{on} {done}/{of}"),  # type: ignore[misc]
                 before_each=self.check_stop,

@@ -17,29 +17,22 @@ from torch import Tensor
 
 from dsnet.errors import CheckpointError
 from dsnet.families import rebuild
-from dsnet.files import atomic_write_json, file_sha256, read_json, replacing
+from dsnet.files import atomic_write_json, file_sha256, read_json, reading, replacing
 from dsnet.network.supernet import Supernet, state_for_saving
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 
 SCHEMA_VERSION = 1
-STRUCTURE = "structure"
-"""Name of the checkpoint that a structure search leaves in its folder."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> str:
     """Write a safetensors file atomically; returns its SHA-256.
 
     Raises:
-        CheckpointError: the file cannot be written; an older file stays unchanged.
+        StorageError: the file cannot be written; an older file stays unchanged.
     """
     with replacing(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"cannot write {path}: {error}; an earlier version of the file is unchanged"
-            ) from error
+        save_file(dict(tensors), temporary)
         return file_sha256(temporary)
 
 
@@ -56,7 +49,8 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Shaped[Tens
             f"{path}: its SHA-256 is {met[:12]}..., but {sha256[:12]}... was recorded; the file is damaged or was replaced"
         )
     try:
-        return load_file(path)
+        with reading(path):
+            return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as safetensors ({error}); the file is damaged or truncated"

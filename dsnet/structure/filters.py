@@ -21,20 +21,24 @@ Batches = Iterable[tuple[Float[Tensor, "_batch channels height width"], Int64[Te
 """Normalised images with their labels."""
 
 
+_KEPT = {"kernel": "it is the size of a kernel", "depth": "it is a number of blocks"}
+"""Why groups of a kind cannot change their order."""
+
+
 def order_groups(supernet: Supernet) -> tuple[tuple[int, ...], ...]:
     """The channel groups that share one order, rising; every channel group is in one of them."""
     root = list(range(len(supernet.spec.groups)))
     for axes in supernet.axes().values():
         for axis in axes:
-            if axis is not None and axis.union:
-                joined = {root[group] for group in (axis.parts[0][0], *axis.union)}
+            if axis is not None and (axis.union or axis.within):
+                joined = {root[group] for group in (axis.parts[0][0], *axis.union, *axis.within)}
                 root = [min(joined) if own in joined else own for own in root]
     return tuple(tuple(group for group, own in enumerate(root) if own == first) for first in sorted(set(root)))
 
 
 def why_kept(group: ChannelGroup) -> str:
     """Why the channels of a group keep their order; empty where they can move."""
-    return group.pinned or ("it is the size of a kernel" if group.is_kernel else "")
+    return group.pinned or _KEPT.get(group.kind, "")
 
 
 def filters(supernet: Supernet) -> dict[str, Float[Tensor, "_filters ..."]]:

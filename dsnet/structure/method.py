@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from dsnet.errors import ConfigError
+from dsnet.image_size import ImageSize
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import IMAGE, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet, subnet_at
@@ -55,7 +56,7 @@ class StructureProblem:
     settings: StructureSettings
     run: SupernetRun
     """The joint training; networks that are trained beforehand derive their training from it."""
-    image_size: int
+    image_size: ImageSize
     """Height and width in pixels for which MAdds count."""
 
     @property
@@ -98,7 +99,7 @@ class StructureProblem:
         """Channel groups of which every member has all channels: those that the network pins, and
         with `pin: gate` those before the first gate."""
         shared = self.spec.num_prefix_groups(0) if self.spec.gates and self.settings.pin == "gate" else 0
-        return frozenset(number for number, group in enumerate(self.spec.groups) if group.pinned or number < shared)
+        return frozenset(number for number, group in enumerate(self.spec.groups) if group.is_fixed or number < shared)
 
     def options(self, levels: int | None) -> tuple[Widths, ...]:
         """For every channel group its possible widths, in increasing order; a fixed group has one.
@@ -328,20 +329,10 @@ def shortened(problem: StructureProblem, epochs: int | None = None) -> TrainSett
     return replace(train, epochs=epochs, warmup_epochs=min(1.0, share) * train.warmup_epochs)
 
 
-def has_norms(problem: StructureProblem) -> bool:
-    """Whether the network has any norms."""
-    return any(op.has_norm or op.kind == "norm" for op in problem.spec.ops)
-
-
-def has_batch_norm(problem: StructureProblem) -> bool:
-    """Whether the network has BatchNorm."""
-    return problem.spec.norm != "group_norm" and has_norms(problem)
-
-
 def is_sortable(problem: StructureProblem) -> bool:
     """Whether the channels can change their order without a change of what the network computes:
     GroupNorm normalises neighbouring channels together."""
-    return problem.spec.norm != "group_norm" or not has_norms(problem)
+    return problem.spec.norm != "group_norm" or not problem.spec.has_norms
 
 
 def check_order(problem: StructureProblem) -> None:
@@ -357,7 +348,7 @@ def check_order(problem: StructureProblem) -> None:
             f"supernet.structure.order is {wanted}, but this network has GroupNorm, which normalises neighbouring channels "
             "together, so that another order would compute something else: use order none, or another supernet.train.bn"
         )
-    if wanted == "bn_gamma" and not has_norms(problem):
+    if wanted == "bn_gamma" and not problem.spec.has_norms:
         raise ConfigError(
             "supernet.structure.order is bn_gamma, but this network has no BatchNorm: use weight_l1, taylor or noise"
         )
@@ -372,7 +363,7 @@ def check_common(problem: StructureProblem) -> None:
     """
     spec, step = problem.spec, problem.settings.step
     for number, group in enumerate(spec.groups):
-        if number not in problem.fixed and group.max_width < step:
+        if number not in problem.fixed and not group.choices and group.max_width < group.step(step):
             raise ConfigError(
                 f"supernet.structure.step is {step}, but channel group {group.name!r} has only {group.max_width} channels: "
                 f"use a step of at most {group.max_width}"

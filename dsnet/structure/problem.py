@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dsnet.image_size import ImageSize
 from dsnet.space.entry_gate import differs_before_gates, is_entry, with_entry_gate
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -16,7 +17,7 @@ from dsnet.training.supernet_run import SupernetRun
 
 
 def structure_problem(
-    declared: SubnetSet, settings: StructureSettings, run: SupernetRun, image_size: int
+    declared: SubnetSet, settings: StructureSettings, run: SupernetRun, image_size: ImageSize
 ) -> StructureProblem:
     """The problem of a structure method.
 
@@ -27,7 +28,7 @@ def structure_problem(
         declared: the sub-networks that the family declares.
         settings: the settings of the choice.
         run: the joint training.
-        image_size: height and width in pixels for which MAdds count.
+        image_size: size of the images for which MAdds count.
 
     Raises:
         ConfigError: the method is unknown, or written widths do not fit the network.
@@ -49,4 +50,4 @@ def _may_differ_before_gates(problem: StructureProblem) -> bool:
         return False
     if isinstance(method, Listed):
         return differs_before_gates(SubnetSet(spec, written_members(problem)))
-    return any(not group.pinned for group in spec.groups[: spec.num_prefix_groups(0)])
+    return any(not group.is_fixed for group in spec.groups[: spec.num_prefix_groups(0)])

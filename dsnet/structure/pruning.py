@@ -107,10 +107,12 @@ def nearest_width(problem: StructureProblem, group: int, width: int, count: int 
         width: its width in the base.
         count: channels above the threshold, 0 to `width`.
     """
-    if group in problem.fixed or problem.spec.groups[group].is_kernel:
+    own = problem.spec.groups[group]
+    if group in problem.fixed or own.is_size:
         return width
-    step = problem.settings.step
+    step = own.step(problem.settings.step)
     wanted = max(Fraction(count), Fraction(math.ceil(problem.settings.min_share * width - ROUNDING)))
     below = step * (wanted // step)
-    multiples = (each for each in (below, below + step) if step <= each < width)
-    return min((*multiples, width), key=lambda each: (abs(each - wanted), -each))
+    near = own.choices or (below, below + step)
+    possible = (each for each in near if (own.choices or step <= each) and each < width)
+    return min((*possible, width), key=lambda each: (abs(each - wanted), -each))

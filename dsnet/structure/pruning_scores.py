@@ -33,7 +33,8 @@ def pruning_scores(network: Supernet, kind: str, seed: int, batches: Batches, *,
     The sub-network is cut out before, so that no other weight has an influence. `bn_gamma` is the
     mean of the absolute scales of the norms on a channel, and leaves out channel groups without a
     norm. `weight_l1` and `taylor` are divided by the mean of their channel group, because their
-    size depends on the size of a filter; other scores are taken as they are. Kernels have none.
+    size depends on the size of a filter; other scores are taken as they are. Kernels and depths
+    have none.
 
     Args:
         network: the network; not changed.
@@ -57,7 +58,7 @@ def pruning_scores(network: Supernet, kind: str, seed: int, batches: Batches, *,
     scores = {
         group: _checked(f"{setting} {kind}", own, group, values)
         for group, values in sorted(found.items())
-        if not own.spec.groups[group].is_kernel
+        if not own.spec.groups[group].is_size
     }
     if kind in ("weight_l1", "taylor"):
         scores = {group: values / values.mean().clamp(min=torch.finfo().tiny) for group, values in scores.items()}

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from dsnet.errors import CheckpointError, ConfigError
-from dsnet.files import atomic_write_text
+from dsnet.files import append_bytes, atomic_write_text
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.stored.checkpoint import STRUCTURE, load_supernet, save_supernet
+from dsnet.stored.checkpoint import load_supernet, save_supernet
+from dsnet.stored.names import STRUCTURE
 from dsnet.structure.filters import Batches
 from dsnet.structure.method import (
     Candidate,
@@ -284,8 +285,7 @@ class Trace:
     def _append(self, event: Mapping[str, Any]) -> None:
         self._lines.append(event)
         self._next += 1
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        append_bytes(self.path, f"{json.dumps(event)}\n".encode(), is_synced=False)
 
     def _other(self, number: int) -> CheckpointError:
         return CheckpointError(

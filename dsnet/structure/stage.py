@@ -22,6 +22,7 @@ from dsnet.data.splits import Splits
 from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_supernet, save_supernet
+from dsnet.stored.names import FINAL
 from dsnet.structure.data import held_out_images, num_held_out, order_batches, order_madds
 from dsnet.structure.filters import Batches
 from dsnet.structure.method import Base, Candidate, Score, StructureProblem, Trained, Trainings
@@ -30,7 +31,6 @@ from dsnet.structure.scoring import split_holdout
 from dsnet.structure.search import TRACE, Facilities, Scorer, find_structure, save_structure, sorted_start
 from dsnet.structure.settings import BY_IMAGES
 from dsnet.training.start import first_weights, load_start
-from dsnet.training.supernet import FINAL
 from dsnet.training.train_cost import training_madds
 
 BASES = "bases"

@@ -43,7 +43,7 @@ def us_net(problem: StructureProblem, fixed: Set[int]) -> Base:
     settings, run, spec = problem.settings, problem.run, problem.spec
     norm = norm_of_search(problem)
     groups = tuple(
-        replace(group, pinned=group.pinned or "supernet.structure.pin") if number in fixed else group
+        replace(group, pinned="supernet.structure.pin") if number in fixed and not group.is_fixed else group
         for number, group in enumerate(spec.groups)
     )
     own = replace(spec, norm=norm, groups=groups)

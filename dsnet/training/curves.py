@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsnet.errors import NonFiniteLossError
-from dsnet.files import atomic_write_text
+from dsnet.files import append_bytes, atomic_write_text
 from dsnet.wording import subnet_phrase
 
 UNDECLARED = "random_widths"
@@ -121,8 +121,7 @@ class Curves:
             "metrics": {**metrics, "epoch": at.epoch, "lr": at.lr},
         }
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
+            append_bytes(self._path, f"{json.dumps(record)}\n".encode(), is_synced=False)
         self._reporter.on_curve(record)
 
     def _read(self, at: Progress) -> list[tuple[int, str, float]]:

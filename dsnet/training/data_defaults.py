@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from dsnet.image_size import ImageSize, shorter_side
+
 MIN_BATCH, MAX_BATCH = 32, 128
 """Bounds of the default batch size, powers of two."""
 MIN_STEPS_PER_EPOCH = 32
@@ -77,8 +79,8 @@ class DataFacts:
     num_classes: int
     smallest_class: int
     """Training images of the rarest class."""
-    image_size: int
-    """Height and width in pixels."""
+    image_size: ImageSize
+    """Size of the images."""
     channels: int
     can_mirror: bool
     """Whether a mirrored image belongs to the same class."""
@@ -208,7 +210,7 @@ def _recalibration(facts: DataFacts) -> DataDefault:
 
 
 def _randaugment(facts: DataFacts) -> DataDefault:
-    is_natural = facts.can_mirror and facts.image_size >= RANDAUGMENT_SIDE
+    is_natural = facts.can_mirror and shorter_side(facts.image_size) >= RANDAUGMENT_SIDE
     if not is_natural:
         return DataDefault(0, "the random crop is enough for small images and for those that must not be mirrored")
     if RANDAUGMENT_OPS == 0:

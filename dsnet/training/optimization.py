@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from dsnet.network.layers import undecayed
 from dsnet.training.settings import TrainSettings
 
 ONE_CYCLE_START = 25.0
@@ -35,13 +36,16 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 
 def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW, in torch's foreach form; 1-d parameters are not decayed.
+    """SGD with Nesterov momentum or AdamW, in torch's foreach form; 1-d parameters, and those that
+    a module names (`dsnet.network.layers.undecayed`), are not decayed.
 
     The fused form is not used: for SGD it fails on parameters that get their first gradient late,
     as private affine pairs do in a sandwich.
     """
-    decayed = [parameter for parameter in module.parameters() if parameter.ndim > 1]
-    plain = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
+    kept = undecayed(module)
+    named = list(module.named_parameters())
+    decayed = [parameter for name, parameter in named if parameter.ndim > 1 and name not in kept]
+    plain = [parameter for name, parameter in named if parameter.ndim <= 1 or name in kept]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)

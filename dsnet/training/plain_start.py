@@ -53,23 +53,36 @@ class PlainStart:
     def apply(self, supernet: Supernet) -> list[str]:
         """Copy the weights into the supernet of the network; returns the names of the supernet's
         tensors that keep fresh values: those of the classifier, where the numbers of classes
-        differ.
+        differ. What a plain network does not have, such as gates, keeps fresh values unnamed.
 
         Raises:
-            ConfigError: the supernet was not made of a plain module.
+            ConfigError: the supernet is not one of a plain network.
             CheckpointError: tensors are missing, unexpected, or of another shape.
         """
-        if not isinstance(supernet, TracedSupernet):
+        if isinstance(supernet, TracedSupernet):
+            return self._apply_to_traced(supernet)
+        state = supernet.plain_state(self.tensors)
+        if state is None:
             raise ConfigError(
                 f"supernet.init_from: {self.stem} holds the weights of a plain network, but supernet.model "
                 f"{supernet.spec.family} is not one; name the network itself, such as resnet50, or a checkpoint of a supernet"
             )
+        whole = supernet.state_dict()
+        expected = {name: tensor for name, tensor in whole.items() if name not in state.lacking}
+        fresh = [name for name in supernet.class_tensors() if _has_other_rows(state.tensors.get(name), expected[name])]
+        self._check(supernet.spec.family, state.tensors, expected, fresh)
+        taken = {name: whole[name] if name in fresh else state.tensors[name] for name in expected}
+        supernet.load_state_dict({**whole, **supernet.sorted_plain(taken)})
+        return fresh
+
+    def _apply_to_traced(self, supernet: TracedSupernet) -> list[str]:
+        """Copy the weights into the supernet of a traced module; see `apply`."""
         spec = supernet.spec
         plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, 0, own_options(spec))
         expected = {name: tensor for name, tensor in plain.state_dict().items() if not name.endswith(_COUNTER)}
         rows = [name.removeprefix(BODY) for name in supernet.class_tensors()]
-        fresh = [name for name in rows if self._has_other_rows(name, expected)]
-        self._check(spec.layout["model"], expected, fresh)
+        fresh = [name for name in rows if _has_other_rows(self.tensors.get(name), expected[name])]
+        self._check(spec.layout["model"], self.tensors, expected, fresh)
         plain.load_state_dict({name: self.tensors[name] for name in expected if name not in fresh}, strict=False)
         before = {name: supernet.get_parameter(BODY + name).detach().clone() for name in fresh}
         supernet.load_plain(plain)
@@ -78,23 +91,13 @@ class PlainStart:
                 supernet.get_parameter(BODY + name).copy_(tensor)
         return [BODY + name for name in fresh]
 
-    def _has_other_rows(self, name: str, expected: Mapping[str, Tensor]) -> bool:
-        own = self.tensors.get(name)
-        return (
-            own is not None and own.shape[:1] != expected[name].shape[:1] and own.shape[1:] == expected[name].shape[1:]
-        )
-
-    def _check(self, model: str, expected: Mapping[str, Tensor], fresh: list[str]) -> None:
-        missing = [
-            f"missing {name} {tuple(tensor.shape)}" for name, tensor in expected.items() if name not in self.tensors
-        ]
-        unexpected = [
-            f"unexpected {name} {tuple(own.shape)}" for name, own in self.tensors.items() if name not in expected
-        ]
+    def _check(self, model: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor], fresh: list[str]) -> None:
+        missing = [f"missing {name} {tuple(tensor.shape)}" for name, tensor in expected.items() if name not in given]
+        unexpected = [f"unexpected {name} {tuple(own.shape)}" for name, own in given.items() if name not in expected]
         misshapen = [
-            f"{name} has shape {tuple(self.tensors[name].shape)}, expected {tuple(tensor.shape)}"
+            f"{name} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
             for name, tensor in expected.items()
-            if name in self.tensors and name not in fresh and self.tensors[name].shape != tensor.shape
+            if name in given and name not in fresh and given[name].shape != tensor.shape
         ]
         kinds = [kind for kind in (missing, unexpected, misshapen) if kind]
         if not kinds:
@@ -107,6 +110,11 @@ class PlainStart:
             + (f"; and {others} more" if others else "")
             + "; name the network whose state dict it is, or rename its tensors"
         )
+
+
+def _has_other_rows(own: Tensor | None, expected: Tensor) -> bool:
+    """Whether a tensor has another number of rows, and nothing else differs."""
+    return own is not None and own.shape[:1] != expected.shape[:1] and own.shape[1:] == expected.shape[1:]
 
 
 def is_plain(path: Path) -> bool:

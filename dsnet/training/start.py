@@ -22,7 +22,8 @@ from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.stored.checkpoint import STRUCTURE, load_checkpoint, tensors_below
+from dsnet.stored.checkpoint import load_checkpoint, tensors_below
+from dsnet.stored.names import STRUCTURE
 from dsnet.training.plain_start import SUFFIXES, PlainStart, is_plain, load_plain_start
 from dsnet.training.supernet_run import SupernetRun
 
@@ -180,20 +181,21 @@ def apply_start(supernet: Supernet, start: Start) -> list[str]:
             and names some of the tensors or layers.
     """
     _check_ids(supernet.spec, start)
+    given = supernet.fitted(start.tensors, start.subnets.spec)
     target = supernet.state_dict()
     fresh = _fresh(supernet, start)
     taken = [name for name in target if name not in fresh]
     banks = _of_banks(supernet)
-    missing = [f"missing {name} {tuple(target[name].shape)}" for name in taken if name not in start.tensors]
+    missing = [f"missing {name} {tuple(target[name].shape)}" for name in taken if name not in given]
     unexpected = [
         f"unexpected {name}"
-        for name in start.tensors
+        for name in given
         if name not in target and not name.startswith(banks)  # of sub-networks that this set leaves out
     ]
     misshapen = [
-        f"{name} has shape {tuple(start.tensors[name].shape)}, expected {tuple(target[name].shape)}"
+        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(target[name].shape)}"
         for name in taken
-        if name in start.tensors and start.tensors[name].shape != target[name].shape
+        if name in given and given[name].shape != target[name].shape
     ]
     kinds = [kind for kind in (missing, unexpected, misshapen) if kind]
     if kinds:
@@ -205,7 +207,7 @@ def apply_start(supernet: Supernet, start: Start) -> list[str]:
             f"What does not fit: {'; '.join(listed)}" + (f"; and {num_others} more tensors" if num_others else "")
         )
     for name in taken:
-        target[name].copy_(start.tensors[name])
+        target[name].copy_(given[name])
     return [name for name in target if name in fresh]
 
 

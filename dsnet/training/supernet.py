@@ -36,6 +36,7 @@ from dsnet.stored.checkpoint import (
     supernet_meta,
     tensors_below,
 )
+from dsnet.stored.names import FINAL, checkpoint_stems
 from dsnet.training.balance import class_weights, epoch_order
 from dsnet.training.curves import Curves, Progress, Reporter, SilentReporter
 from dsnet.training.losses import scale_penalty
@@ -45,7 +46,6 @@ from dsnet.training.step import StepPlan, StepRules, supernet_step
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker, Workers
 
-FINAL = "final"
 REPORTS_PER_EPOCH = 4
 STUDENT_VIEW, TEACHER_VIEW = "augment", "teacher view"
 """Names in the seeds of the augmentations."""
@@ -252,11 +252,6 @@ def result_settings(run: Any) -> Any:
     train = {name: value for name, value in run["train"].items() if name != "checkpoint_every"}
     rest = {name: value for name, value in run.items() if name != "keep_checkpoints"}
     return {**rest, "train": train, "origin": run.get("origin", {}).get("sha256")}
-
-
-def checkpoint_stems(folder: Path) -> list[Path]:
-    """Stems of the training checkpoints in a folder, oldest first."""
-    return sorted(path.with_suffix("") for path in folder.glob("epoch-*.json"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from dsnet.image_size import ImageSize
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -18,13 +19,13 @@ DRAWS = 32
 """Draws of sub-networks over which the cost of a step is averaged."""
 
 
-def shared_forward_madds(spec: SupernetSpec, subnets: Sequence[Subnet], image_size: int) -> int:
+def shared_forward_madds(spec: SupernetSpec, subnets: Sequence[Subnet], image_size: ImageSize) -> int:
     """Forward MAdds of one image through several sub-networks, with shared segments counted once.
 
     Args:
         spec: the supernet.
         subnets: the sub-networks that run; for an empty sequence the result is 0.
-        image_size: side of the square images, in pixels.
+        image_size: size of the images.
     """
     total = 0
     costs = {subnet.name: subnet_cost(spec, subnet, image_size) for subnet in subnets}
@@ -36,7 +37,7 @@ def shared_forward_madds(spec: SupernetSpec, subnets: Sequence[Subnet], image_si
     return total
 
 
-def step_madds(spec: SupernetSpec, trained: Sequence[Subnet], taught: Sequence[Subnet], image_size: int) -> int:
+def step_madds(spec: SupernetSpec, trained: Sequence[Subnet], taught: Sequence[Subnet], image_size: ImageSize) -> int:
     """MAdds of one image in one training step.
 
     They are forward and backward passes of the trained sub-networks, and forward passes of those
@@ -46,13 +47,13 @@ def step_madds(spec: SupernetSpec, trained: Sequence[Subnet], taught: Sequence[S
         spec: the supernet.
         trained: the sub-networks that learn in the step.
         taught: the sub-networks of the EMA copy that run as teachers.
-        image_size: side of the square images, in pixels.
+        image_size: size of the images.
     """
     learning = (1 + BACKWARD) * shared_forward_madds(spec, trained, image_size)
     return learning + sum(subnet_cost(spec, subnet, image_size).madds for subnet in taught)
 
 
-def training_madds(run: SupernetRun, subnets: SubnetSet, num_images: int, image_size: int) -> float:
+def training_madds(run: SupernetRun, subnets: SubnetSet, num_images: int, image_size: ImageSize) -> float:
     """Expected MAdds of a whole training, without its recalibration.
 
     Where a step draws sub-networks, the cost of a step is the mean over `DRAWS` draws.
@@ -61,7 +62,7 @@ def training_madds(run: SupernetRun, subnets: SubnetSet, num_images: int, image_
         run: the settings.
         subnets: the sub-networks.
         num_images: images of the training split.
-        image_size: side of the square images, in pixels.
+        image_size: size of the images.
     """
     batch = min(run.train.batch_size, num_images)
     num_shown = run.train.epochs * (num_images // batch) * batch

@@ -21,6 +21,7 @@ from dsnet.deploy.layout import FLOAT32, INT8
 from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.deploy.precisions import graphs_folder
 from dsnet.errors import DataError, NotFoundError, VerificationError
+from dsnet.image_size import image_size_of
 from dsnet.space.cost import subnet_cost
 from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.results.exported import outdated_part
@@ -164,7 +165,7 @@ def _check_split(bundle: Bundle, data: TensorData, split: str) -> Check:
     with torch.inference_mode():
         found = score_bundle(bundle, data.images(split), data.labels(split))
     allowed = TIED_IMAGES / num_images if bundle.precision == FLOAT32 else max(TIED_IMAGES / num_images, ROUNDED_IMAGES)
-    spec, size = bundle.net.subnets.spec, bundle.image_shape[-1]
+    spec, size = bundle.net.subnets.spec, image_size_of(bundle.image_shape)
     # One undecided image exchanges one tail for another; with a router that may run several, it
     # adds or drops one.
     costs = [subnet_cost(spec, subnet, size) for subnet in bundle.net.subnets]

@@ -7,7 +7,7 @@ import threading
 
 import click
 
-from dsnet.errors import ClusterLostError, StoppedError
+from dsnet.errors import ClusterLostError, StoppedError, StorageStoppedError
 from dsnet.stop_signals import StopRequest
 from orchestration.commands.messages import complain
 from orchestration.progress import ProgressView
@@ -37,12 +37,23 @@ class Ending:
 
     def tell(self, error: StoppedError | KeyboardInterrupt) -> int:
         """Say why the launch ends; returns the exit code."""
+        if isinstance(error, StorageStoppedError):
+            return self._tell_stored(error)
         return self._tell_once(str(error) if isinstance(error, ClusterLostError) else None)
 
     def tell_lost(self, lost: str | None) -> int:
         """Say that the launch ends because of what was lost of the cluster, or because of a stop
         request if that is None; returns the exit code."""
         return self._tell_once(None if lost is None else lost_sentence(lost))
+
+    def _tell_stored(self, error: StorageStoppedError) -> int:
+        """Say that the storage ended the launch, and that something has to be corrected first."""
+        with self._lock:
+            self._is_told = True
+            complain(f"error: {error}")
+            complain("finished work is kept. When that is corrected, continue with:")
+            click.echo(f"  {self._command}", err=True)
+        return error.exit_code
 
     def _tell_once(self, problem: str | None) -> int:
         with self._lock:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +12,15 @@ import torch
 
 from dsnet.data.normalization import Normalization
 from dsnet.data.settings import IMAGENET_VALUES
-from dsnet.errors import CheckpointError, ConfigError, PreflightError
-from dsnet.files import atomic_write_text, file_sha256, read_json
+from dsnet.errors import CheckpointError, ConfigError
+from dsnet.files import atomic_write_text, file_sha256, read_json, writing
+from dsnet.image_size import ImageSize, size_in_words
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import save_supernet
 from dsnet.stored.compat import load_dsnet_checkpoint
+from dsnet.stored.names import FINAL
 from dsnet.training.start import find_checkpoint
-from dsnet.training.supernet import FINAL
 from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
 
@@ -69,7 +68,7 @@ class Imported:
         madds = [subnet_cost(spec, subnet, spec.image_size).madds / 1e6 for subnet in subnets]
         return (
             f"{spec.family}: {len(subnets)} sub-networks of {min(madds):.1f} to {max(madds):.1f} M MAdds at "
-            f"{spec.image_size} pixels, {spec.num_classes} classes"
+            f"{size_in_words(spec.image_size)}, {spec.num_classes} classes"
         )
 
 
@@ -81,8 +80,8 @@ class ImportSettings:
     """Name of the sweep."""
     num_classes: int | None = None
     """Number of the checkpoint's classes; None reads it from the checkpoint."""
-    image_size: int = 224
-    """Side in pixels, as data.image_size of sweep.yaml."""
+    image_size: ImageSize = 224
+    """Size of the images, as data.image_size of sweep.yaml."""
     ema: bool = False
     """Whether to take the checkpoint's averaged weights."""
     data: str | None = None
@@ -105,7 +104,7 @@ def import_checkpoint(source: Path, out: Path, settings: ImportSettings) -> Impo
     _check_out(out)
     _refuse_own_format(source)
     supernet, _ = load_dsnet_checkpoint(source, settings.num_classes, ema=settings.ema, image_size=settings.image_size)
-    with _usable(out):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     origin = {"file": source.name, "sha256": file_sha256(source), "weights": "ema" if settings.ema else "student"}
     meta = {"run": {"normalization": IMAGENET.to_json(), "origin": origin}, "torch": torch.__version__}
@@ -118,7 +117,7 @@ def _sweep_text(stem: Path, settings: ImportSettings) -> str:
     return _TEMPLATE.format(
         name=_yaml_value(settings.name),
         data=_yaml_value(settings.data),
-        image_size=settings.image_size,
+        image_size=json.dumps(settings.image_size),
         stem=_yaml_value(str(stem.absolute())),
     )
 
@@ -135,19 +134,11 @@ def _check_settings(text: str, settings: ImportSettings) -> None:
 
 
 def _check_out(out: Path) -> None:
-    with _usable(out):
+    with writing(out):
         if (out / SWEEP_FILE).exists():
             raise ConfigError(f"{out / SWEEP_FILE}: already exists; choose another --out, or remove it")
         if out.exists() and not out.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "it is a file")
-
-
-@contextmanager
-def _usable(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PreflightError(f"--out {out}: cannot be used ({error.strerror}); choose another") from error
 
 
 def _refuse_own_format(source: Path) -> None:

@@ -16,12 +16,13 @@ from dsnet.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, holds_cifar10
 from dsnet.data.cifar100 import holds_cifar100
 from dsnet.data.hub_parquet import parquet_files_below
 from dsnet.data.registry import load_images
-from dsnet.data.settings import can_mirror
-from dsnet.data.splits import FEW_IMAGES, Splits, make_splits, splits_of
+from dsnet.data.settings import FEW_IMAGES, MAX_IMAGE_SIZE, can_mirror
+from dsnet.data.splits import Splits, make_splits, splits_of
 from dsnet.data.survey import Survey, survey_folder
 from dsnet.errors import ConfigError, DataError
 from dsnet.families import Task, family_names, layout
-from dsnet.files import atomic_write_text
+from dsnet.files import atomic_write_text, writing
+from dsnet.image_size import ImageSize, height_and_width, image_size_of, shorter_side, size_in_words
 from dsnet.space.cost import subnet_cost
 from dsnet.training.data_defaults import DataDefault, DataFacts, data_defaults
 from dsnet.training.plain_start import is_plain
@@ -35,8 +36,10 @@ MODEL = "ds_resnet"
 a higher accuracy in short trainings."""
 SIZES = (64, 48, 32)
 """Proposed image sizes (side in pixels); the largest that does not exceed the pictures is used."""
+SIDE_STEP = 4
+"""Sides that are proposed for other sizes are multiples of this number of pixels."""
 LARGE_STEM_FROM = 48
-"""Side in pixels from which on the first layers reduce the resolution."""
+"""Shorter side in pixels from which on the first layers reduce the resolution."""
 UNEVEN = 3
 """Ratio of the largest to the smallest class from which on the classes are called unbalanced."""
 MAX_CLASSES = 12
@@ -55,7 +58,7 @@ class Network:
     targets: tuple[float, ...] = ()
     """MAdds of its sub-networks as shares of its own; empty: those that the family declares."""
 
-    def options(self, size: int) -> dict[str, Any]:
+    def options(self, size: ImageSize) -> dict[str, Any]:
         """The options that are proposed for images of this size."""
         return model_options(size) if self.model == MODEL else {}
 
@@ -72,6 +75,8 @@ class Seen:
     size_reason: str
     facts: DataFacts
     splits: Splits
+    oblong_size: ImageSize | None = None
+    """Image size in the shape of the pictures, if all have one that is no square."""
 
 
 def init_sweep(
@@ -104,7 +109,8 @@ def init_sweep(
     load_source_text(
         parse_yaml(text, str(path)), known_models=family_names()
     )  # raises if the written file is not valid
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)
     return path, seen
 
@@ -132,11 +138,9 @@ def _of_fixed_size(name: str, folder: Path, network: Network) -> Seen:
     images = load_images(name, folder)
     labels = images.labels.numpy()
     splits = splits_of(images)
-    channels, size, _ = images.image_shape
+    channels, size = images.image_shape[0], image_size_of(images.image_shape)
     facts = _facts(labels, splits, images.num_classes, size, network, channels, can_mirror=can_mirror(images))
-    line = (
-        f"{images.num_images:,} images of {size} x {size} pixels in {plural(images.num_classes, 'class', 'classes')}."
-    )
+    line = f"{images.num_images:,} images of {size_in_words(size)} in {plural(images.num_classes, 'class', 'classes')}."
     return Seen(name, None, (line, *images.notes, *_few_images(splits)), "", facts, splits)
 
 
@@ -164,12 +168,26 @@ def _photos(survey: Survey, network: Network) -> Seen:
             f"{survey.listing.root}: too few images: class {fewest[0]!r} has {fewest[1]}; train, gate, val and test each need at least "
             f"one image of every class ({error})"
         ) from error
-    size = next((side for side in SIZES if side <= survey.short_side), max(8, survey.short_side // 4 * 4))
+    size = next(
+        (side for side in SIZES if side <= survey.short_side), max(8, survey.short_side // SIDE_STEP * SIDE_STEP)
+    )
     reason = f"median shorter side of the pictures: {survey.short_side} pixels"
     if size < survey.short_side:
         reason += "; larger images may be more accurate, but slower"
     facts = _facts(labels, splits, len(survey.class_sizes), size, network)
-    return Seen("image_folder", size, (*_sentences(survey), *_few_images(splits)), reason, facts, splits)
+    return Seen(
+        "image_folder", size, (*_sentences(survey), *_few_images(splits)), reason, facts, splits, _oblong(survey, size)
+    )
+
+
+def _oblong(survey: Survey, size: int) -> ImageSize | None:
+    """The image size in the shape of the pictures with `size` pixels on the shorter side, if all
+    pictures have one shape that is no square and the longer side is possible."""
+    shape = survey.oblong_shape
+    if shape is None:
+        return None
+    height, width = (round(size * side / min(shape) / SIDE_STEP) * SIDE_STEP for side in shape)
+    return image_size_of((height, width)) if max(height, width) <= MAX_IMAGE_SIZE else None
 
 
 def _few_images(splits: Splits) -> Iterator[str]:
@@ -186,10 +204,11 @@ def _sentences(survey: Survey) -> Iterator[str]:
     counts = survey.class_sizes
     fewest, most = min(counts.values()), max(counts.values())
     widths, heights = zip(*survey.sizes, strict=True)
-    pixels = f"{_range(widths)} x {_range(heights)} pixels"
+    are_squares = widths == heights
+    pixels = f"{_range(heights)} x {_range(widths)} pixels" + ("" if are_squares else " (height x width)")
     colour = "grey; they are read as three equal channels" if survey.is_grey else "in colour"
     yield f"{survey.num_images:,} pictures in {len(counts)} classes, {pixels}, {colour}."
-    if len(set(survey.sizes)) > 1 or widths != heights:
+    if len(set(survey.sizes)) > 1 or not are_squares:
         yield "Each picture is resized by its shorter side, and its centre square is used."
     if len(counts) <= MAX_CLASSES:
         yield f"Classes: {', '.join(f'{name} {count:,}' for name, count in counts.items())}."
@@ -211,7 +230,7 @@ def _facts(
     labels: np.ndarray,
     splits: Splits,
     num_classes: int,
-    size: int,
+    size: ImageSize,
     network: Network,
     channels: int = 3,
     *,
@@ -231,14 +250,14 @@ def _facts(
     )
 
 
-def model_options(size: int) -> dict[str, Any]:
+def model_options(size: ImageSize) -> dict[str, Any]:
     """Options of `ds_resnet` that train well on a CPU at this image size."""
     return {
         "depth": 8,
         "width": 2.0,
         "ratios": [0.25, 0.5, 0.75, 1.0],
         "paths": "uniform",
-        "stem": "large" if size >= LARGE_STEM_FROM else "small",
+        "stem": "large" if shorter_side(size) >= LARGE_STEM_FROM else "small",
     }
 
 
@@ -267,6 +286,11 @@ def sweep_text(folder: Path, name: str, seen: Seen, network: Network) -> str:
     ]
     if seen.image_size is not None:
         lines.append(f"  image_size: {seen.image_size}    # {seen.size_reason}")
+    if seen.oblong_size is not None:
+        lines.append(
+            f"  # image_size: {list(height_and_width(seen.oblong_size))}    # [height, width]: the shape of all pictures, of which nothing "
+            "is cut off then; a square shows their centre alone"
+        )
     if network.init_from is not None:
         lines.append(
             "  normalization: null    # of the pixels, as in the training of the weights: imagenet, or {mean: [...], std: [...]} for "

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsnet.files import write_sealed
-from dsnet.measure.latency import LatencyTable, measure_latency
+from dsnet.measure.latency import measure_latency
+from dsnet.measure.latency_table import LatencyTable
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from orchestration.commands.planning import prepare_again, report_again
 from orchestration.config.resolve import conditions
 from orchestration.config.sweep import SweepConfig

@@ -16,7 +16,7 @@ from dsnet.measure.kit import SCRIPT, read_result, write_kit
 from dsnet.measure.latency import measure_samples
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.commands.measure_again import measure_again
 from orchestration.commands.tables import Column, show_table

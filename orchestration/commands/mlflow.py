@@ -18,6 +18,7 @@ from orchestration.runs.lock import DriverLock
 from orchestration.supernets.results import SupernetSweepResults
 from orchestration.supernets.tracking import TreeTrackers, replay_sweep, row_of
 from orchestration.tracking.links import Link, certain_link, newest_links
+from orchestration.tracking.missing import mark_of
 from orchestration.tracking.rows import make_tracker, write_bundles
 
 SYNC_TIMEOUT_S = 600.0
@@ -45,7 +46,7 @@ def sync_again(results: Results) -> str:
     with DriverLock(run, f"dsnet-orch sync {run.name}"):
         trees = TreeTrackers(config, run)
         try:
-            trackers = replay_sweep(results, lambda: trees.make(warnings.append))
+            trackers = replay_sweep(results, lambda _: trees.make(warnings.append))
             summaries = [own.close(status, end_ms, SYNC_TIMEOUT_S) for own, status, end_ms in trackers]
         finally:
             trees.end()
@@ -54,6 +55,7 @@ def sync_again(results: Results) -> str:
     if num_unsent:
         first = next(summary.first_error for summary in summaries if summary.num_unsent)
         raise PreflightError(f"{plural(num_unsent, 'write')} to {shown_uri(uri)} failed: {first}")
+    mark_of(run).unlink(missing_ok=True)
     several = "" if "" in results.supernets else f" of {plural(len(results.supernets), 'supernet')}"
     return f"{run.name}: {plural(results.num_trials, 'trial')}{several} stored in {shown_uri(uri)}"
 

@@ -32,7 +32,7 @@ from orchestration.supernets.report import write_supernets_report
 from orchestration.supernets.results import SupernetSweepResults
 from orchestration.workers.tune_ledger import MemberFate
 from orchestration.workers.tune_supernets import stored_fates
-from search.front.points import save_points
+from search.front.points_file import save_points
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dsnet.image_size import image_size_of, size_in_words
 from dsnet.space.spec import ChannelGroup, SupernetSpec
 from dsnet.wording import duration, plural, size
 from orchestration.commands.tables import Column, show_table, terminal_width
@@ -86,7 +87,13 @@ def plan_content(plan: SweepPlan) -> dict[str, Any]:
         "forecast": None if plan.forecast is None else plan.forecast.to_json(),
         "subnets": [{"name": name, "madds_m": madds, "params_m": params} for name, madds, params in plan.routes],
         "groups": [
-            {"name": group.name, "channels": group.max_width, "layers": list(layers), "pinned": group.pinned or None}
+            {
+                "name": group.name,
+                "kind": group.kind,
+                "channels": group.max_width,
+                "layers": list(layers),
+                "pinned": group.pinned or None,
+            }
             for group, layers in group_layers(data.subnets.spec)
         ],
         "gate_places": [
@@ -155,7 +162,7 @@ def effective_values(config: SweepConfig, prepared: Prepared) -> dict[str, Any]:
 def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
     """Print the run folder, the images, their splits and their classes."""
     images, splits = prepared.image_set, prepared.splits
-    channels, height, width = images.image_shape
+    channels, size = images.image_shape[0], size_in_words(image_size_of(images.image_shape))
     names = images.class_names if everything else images.class_names[:MAX_CLASSES]
     more = (
         f" and {len(images.class_names) - len(names)} more; --all shows all of them"
@@ -164,7 +171,7 @@ def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
     )
     sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
     say_row("run", str(run.path))
-    say_row("data", f"{images.name}, {width} x {height} pixels, {plural(channels, 'channel')}: {sizes} (sealed)")
+    say_row("data", f"{images.name}, {size}, {plural(channels, 'channel')}: {sizes} (sealed)")
     for note in prepared.notes():
         say_row("note", note)
     say_row("classes", f"{len(images.class_names)}: {', '.join(names)}{more}")
@@ -226,13 +233,19 @@ def _show_groups(spec: SupernetSpec, everything: bool) -> None:
     )
     show_table(
         columns,
-        [(group.name, str(group.max_width), ", ".join(layers), group.pinned) for group, layers in shown],
+        [(group.name, _width_in_words(group), ", ".join(layers), group.pinned) for group, layers in shown],
         rest="",
     )
     if num_pinned:
         tell(
             f"{num_pinned} of {plural(len(spec.groups), 'channel group')} are pinned: every sub-network has all their channels"
         )
+
+
+def _width_in_words(group: ChannelGroup) -> str:
+    """The largest width of a group, with its unit where that is not channels."""
+    unit = {"heads": "head", "depth": "block", "kernel": "pixel"}.get(group.kind)
+    return str(group.max_width) if unit is None else plural(group.max_width, unit)
 
 
 def _show_places(facts: SupernetFacts, everything: bool) -> None:

@@ -22,7 +22,7 @@ from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StagePlan, plan_stages
-from search.front.points import save_points
+from search.front.points_file import save_points
 
 FROM_THE_DATA = "data"
 """Origin of a setting that is not written and is derived from the images."""

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from orchestration.commands.plan_supernets import SupernetsPlan
-    from orchestration.supernets.members import Member, MemberEntry
+    from orchestration.supernets.entries import MemberEntry
+    from orchestration.supernets.members import Member
     from orchestration.supernets.results import SupernetSweepResults
 
 
@@ -218,7 +219,7 @@ def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]
 def state_and_epochs(sweep: RunDir, entry: MemberEntry) -> tuple[str, int]:
     """State of a supernet ("training" while it trains), and the number of epochs that it has
     done."""
-    from dsnet.training.supernet import checkpoint_stems
+    from dsnet.stored.names import checkpoint_stems
 
     if entry.state == "trained":
         return entry.state, entry.epochs

@@ -79,9 +79,8 @@ def show_table(
         console.print(Text(title, style="italic"))
     for line in _header(columns, layout):
         console.print(Text(line, style="bold"))
-    for row in rows:
-        for line in _cells(columns, layout, row):
-            console.print(Text(line))
+    # Written at once: of thousands of lines without a style, a console would take a second or two.
+    sys.stdout.write("".join(f"{line}\n" for row in rows for line in _cells(columns, layout, row)))
     if layout.dropped and width is not None:
         for line in wrapped(left_out(columns, layout, width, rest), width):
             console.print(Text(line, style="dim"))
@@ -128,12 +127,12 @@ def _missing(columns: Sequence[Column], shown: Sequence[int]) -> tuple[int, ...]
 
 
 def _longest_word(text: str) -> int:
-    return max((cell_len(word) for word in text.split(" ")), default=0)
+    return max((_num_cells(word) for word in text.split(" ")), default=0)
 
 
 def _widest(columns: Sequence[Column], rows: Sequence[Sequence[str]], position: int) -> int:
     """The width at which neither the title nor a cell is wrapped."""
-    return max(cell_len(text) for text in (columns[position].title, *(row[position] for row in rows)))
+    return max(_num_cells(text) for text in (columns[position].title, *(row[position] for row in rows)))
 
 
 def _narrowest(columns: Sequence[Column], rows: Sequence[Sequence[str]], position: int) -> int:
@@ -142,8 +141,8 @@ def _narrowest(columns: Sequence[Column], rows: Sequence[Sequence[str]], positio
     cells = [row[position] for row in rows]
     title = _longest_word(column.title)
     if not column.wraps:
-        return max([title, *map(cell_len, cells)])
-    prose = min(MIN_PROSE, max(map(cell_len, cells), default=0))
+        return max([title, *map(_num_cells, cells)])
+    prose = min(MIN_PROSE, max(map(_num_cells, cells), default=0))
     return max([title, prose, *map(_longest_word, cells)])
 
 
@@ -216,7 +215,11 @@ def _cells(columns: Sequence[Column], layout: Layout, row: Sequence[str], *, bre
     """The lines of one row; `breaks_all`: every cell may go on over several lines, as titles do,
     which stand at the bottom."""
     lines: list[str] = []
+    is_flat = not breaks_all and not any(column.wraps for column in columns)
     for number, positions in enumerate(layout.lines):
+        if is_flat:
+            lines.append(_line(columns, layout, number, [row[position] for position in positions]))
+            continue
         parts = [
             wrapped(row[position], layout.widths[position])
             if breaks_all or columns[position].wraps
@@ -227,16 +230,26 @@ def _cells(columns: Sequence[Column], layout: Layout, row: Sequence[str], *, bre
         filled = [
             [""] * (height - len(part)) + part if breaks_all else part + [""] * (height - len(part)) for part in parts
         ]
-        for texts in zip(*filled, strict=True):
-            aligned = (
-                _aligned(text, layout.widths[position], columns[position].is_text)
-                for text, position in zip(texts, positions, strict=True)
-            )
-            lines.append(((INDENT if number else "") + GAP.join(aligned)).rstrip())
+        lines += [_line(columns, layout, number, texts) for texts in zip(*filled, strict=True)]
     return lines
 
 
+def _line(columns: Sequence[Column], layout: Layout, number: int, texts: Sequence[str]) -> str:
+    """A line of a row: the texts of the columns that the layout has on its line with this
+    number."""
+    aligned = (
+        _aligned(text, layout.widths[position], columns[position].is_text)
+        for text, position in zip(texts, layout.lines[number], strict=True)
+    )
+    return ((INDENT if number else "") + GAP.join(aligned)).rstrip()
+
+
+def _num_cells(text: str) -> int:
+    """The width of a text in a terminal."""
+    return len(text) if text.isascii() else cell_len(text)
+
+
 def _aligned(text: str, width: int, is_text: bool) -> str:
-    space = " " * max(0, width - cell_len(text))
+    space = " " * max(0, width - _num_cells(text))
     text = text.replace(NO_BREAK, " ")
     return text + space if is_text else space + text

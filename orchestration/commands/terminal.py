@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dsnet.data.registry import find_data_set
-from dsnet.data.splits import FEW_IMAGES
+from dsnet.data.settings import FEW_IMAGES
 from dsnet.import_path import ALLOW_IMPORTS
-from dsnet.measure.latency import latency_metric
+from dsnet.measure.latency_table import latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import find_metric
 from dsnet.wording import duration, plural, signed
@@ -30,13 +30,13 @@ from orchestration.results.mlflow_store import store_uri
 from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import read_lock
 from orchestration.wrapping import wrapped
-from search.front.analysis import optimism
+from search.front.analysis_records import optimism
 from search.front.points import trial_name
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dsnet.measure.latency import LatencyTable
+    from dsnet.measure.latency_table import LatencyTable
     from orchestration.commands.bundle_check import Check
     from orchestration.commands.measure_again import MeasuredAgain
     from orchestration.results.protocol import Results
@@ -81,8 +81,12 @@ def tell(text: str, indent: str = "") -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON."""
-    _console().print(json.dumps(value, indent=1, allow_nan=False), markup=False, soft_wrap=True)
+    """Print a value as JSON; a list has a line for each item, which is quick for thousands."""
+    if isinstance(value, list) and value:
+        text = "[\n" + ",\n".join(json.dumps(item, allow_nan=False) for item in value) + "\n]"
+    else:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    sys.stdout.write(f"{text}\n")
 
 
 def show_table(
@@ -285,7 +289,7 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mapping[str, Any]]) -> None:
-    from orchestration.results.report import timing_doubt
+    from orchestration.results.timing_doubt import timing_doubt
 
     size = max(verified.latency.gates)
     widest_ms = verified.latency.widest[size].median_ms

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, JsonValue, WithJsonSchema, model_validator
 
 from dsnet.data.registry import data_set_names, find_data_set, source_problem
 from dsnet.data.settings import (
+    IMAGE_SIZE_RULE,
     IMAGENET,
     Augmentation,
     Balance,
@@ -16,11 +17,12 @@ from dsnet.data.settings import (
     CropScale,
     DataSettings,
     FileOptions,
-    ImageSize,
     Magnitude,
     OperationCount,
     SplitSize,
     WrittenNormalization,
+    WrittenSize,
+    checked_image_size,
     crop_problem,
     written_normalization,
 )
@@ -34,6 +36,15 @@ def _split_size(value: object) -> object:
     if fits(value, SplitSize):
         return value
     raise ValueError(f"expected a fraction between 0 and 1, a whole number of images, or null; got {shown(value)}")
+
+
+def _image_size(value: object) -> object:
+    if value is None:
+        return None
+    try:
+        return checked_image_size(value)
+    except ConfigError as error:
+        raise ValueError(f"expected {IMAGE_SIZE_RULE}, or null; got {shown(value)}") from error
 
 
 def _normalization(value: object) -> object:
@@ -75,14 +86,16 @@ class AugmentConfig(Section):
     """Augmentation of the training images; evaluation uses none."""
 
     crop_padding: NonNegativeInt | None = None
-    """Pixels mirrored at each edge before a random crop back to size; null = image_size // 8."""
+    """Pixels mirrored at each edge before a random crop back to size; null = image_size // 8 (the
+    shorter side)."""
     flip: bool | None = None
     """Mirror half of the images left to right; null = yes, except for digits."""
     cutout: NonNegativeInt = Augmentation.cutout
     """Cutout: side in pixels of a random square that is set to zero; 0 = none."""
     crop_scale: Annotated[CropScale, FROM_LIST] | None = None
     """Random resized crop: [low, high] is the range of the cropped share of the image's area; null
-    = no crop, or [0.08, 1] for streamed images."""
+    = no crop, or [0.08, 1] for streamed images. Its width / height is 3/4 to 4/3 of that of
+    image_size."""
     randaugment_ops: OperationCount | None = None
     """RandAugment: number of random operations per image, at most 14; 0 = none; null = from the
     data."""
@@ -149,11 +162,12 @@ class DataConfig(Section):
     path: Text | None = DataSettings.path
     """Folder of the images; `~` and $VARIABLES are expanded, relative to the working directory.
     null = $DSNET_DATA."""
-    image_size: ImageSize | None = DataSettings.image_size
-    """Side in pixels, 8 to 512; null = as stored. An image folder needs it."""
+    image_size: Annotated[WrittenSize | None, BeforeValidator(_image_size)] = DataSettings.image_size
+    """Side of a square in pixels, or [HEIGHT, WIDTH], each 8 to 512; null = as stored. An image
+    folder needs it."""
     crop_fraction: PositiveFraction = DataSettings.crop_fraction
-    """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]; 0.875 with
-    224 pixels: resize to 256, cut 224."""
+    """Image folders only: share of the image that the centre crop keeps, (0, 1]; 0.875 with 224
+    pixels: resize the shorter side to 256, cut 224."""
     augment: AugmentConfig = AugmentConfig()
     splits: SplitsConfig = SplitsConfig()
     limit: PositiveInt | None = DataSettings.limit
@@ -195,7 +209,11 @@ class DataConfig(Section):
     def _suits_the_source(self) -> DataConfig:
         known = find_data_set(self.name)
         if known.needs_size and self.image_size is None:
-            refuse(BrokenRule(("image_size",), "an image folder needs it: the side in pixels, 8 to 512"))
+            refuse(
+                BrokenRule(
+                    ("image_size",), "an image folder needs it: the side in pixels, 8 to 512, or [HEIGHT, WIDTH]"
+                )
+            )
         problem = source_problem(self)
         if problem is not None:
             refuse(BrokenRule(tuple(problem[0].split(".")), problem[1]))

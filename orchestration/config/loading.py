@@ -466,10 +466,17 @@ def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[
     try:
         _check_options(config, supernet)
     except ConfigError as error:
-        where, _, message = str(error).partition(": ")
+        where, message = _parted(error)
         yield stack.problem(
             _blamed(where, message, list(supernet.options)), message, at_key="unknown option" in message
         )
+
+
+def _parted(error: ConfigError) -> tuple[str, str]:
+    """The setting that a family's error message begins with, and the rest; the model, where the
+    network itself cannot be used."""
+    where, _, message = str(error).partition(": ")
+    return (where, message) if where.startswith("supernet.") else ("supernet.model", str(error))
 
 
 def _blamed(where: str, message: str, options: list[str]) -> KeyPath:

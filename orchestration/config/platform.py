@@ -8,6 +8,7 @@ from pydantic import (
     Field,
 )
 
+from dsnet.disk_room import DEFAULT_RESERVE_MIB
 from dsnet.settings import LARGEST_COUNT, PositiveFloat, PositiveInt
 from orchestration.config.section import Section, Text
 
@@ -21,6 +22,8 @@ class RayConfig(Section):
     """Cores of the local cluster; null = all."""
     object_store_mib: Annotated[int, Field(ge=75, le=LARGEST_COUNT)] = 200
     """Shared memory in MiB, at least 75."""
+    start_timeout_s: PositiveFloat = 120.0
+    """Seconds that starting Ray, or joining its cluster, may take."""
     trial_actors: PositiveInt | None = None
     """Processes that run trials; null = one per core."""
     trial_resources: dict[Text, PositiveFloat] = Field(default_factory=dict)
@@ -33,6 +36,9 @@ class StorageConfig(Section):
 
     runs: Text = "runs"
     """Folder that holds one folder per run; `~` and $VARIABLES are expanded."""
+    min_free_mib: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] = DEFAULT_RESERVE_MIB
+    """Room in MiB that a launch leaves free on the disks of the runs folder and of Ray's folder: it
+    does not begin with less, and stops when less is left; 0 = none."""
     artifacts: Text | None = None
     """URL of a folder for the checkpoints of training, which this machine and all nodes of the
     cluster can read and write, e.g. s3://bucket/folder (see docs/cluster.md); null = the run

@@ -20,14 +20,17 @@ from dsnet.deploy.materialize import materialize
 from dsnet.deploy.onnx_files import GraphSegments, open_model, write_graphs
 from dsnet.deploy.segments import Segments
 from dsnet.errors import VerificationError
-from dsnet.measure.latency import MachineLoad, Timing, device_name, time_interleaved, waiter
+from dsnet.image_size import ImageSize, image_size_of
+from dsnet.measure.latency import device_name, time_interleaved, waiter
+from dsnet.measure.latency_table import MachineLoad, Timing
 from dsnet.measure.settings import LatencySettings
 from dsnet.network.precision import exact_float32
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router
 from dsnet.routing.retrace import Retrace
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import TableRun
 from dsnet.space.route_tree import RouteTree
 from orchestration.results.verified import Agreement, DynamicLatency
 
@@ -70,7 +73,7 @@ def check_agreement(
         VerificationError: an image differs without a numerical tie; the message names images.
     """
     device = next(supernet.parameters()).device
-    net = DynamicNet(supernet, router, image_size=images.shape[-1])
+    net = DynamicNet(supernet, router, image_size=image_size_of(images.shape))
     outputs = [net(normalization.apply(part.to(device))) for part in images.split(batch_size)]
     routes = torch.cat([output.routes for output in outputs]).cpu().numpy()
     classes = torch.cat([output.logits.argmax(1) for output in outputs]).cpu().numpy()
@@ -151,16 +154,16 @@ def time_front(
     """
     device = torch.device(settings.device)
     supernet = supernet.to(device).eval()
-    order = supernet.subnets.by_madds(images.shape[-1])
+    order = supernet.subnets.by_madds(image_size_of(images.shape))
     engine = timing_engine(settings.engine)
     if engine is None:
         networks = _in_torch(supernet)
     else:
-        networks = _in_engine(supernet, list(routers.values()), images.shape[-1], engine, settings.threads)
+        networks = _in_engine(supernet, list(routers.values()), image_size_of(images.shape), engine, settings.threads)
     nets: dict[str, Callable[[Tensor], object]] = {}
     if routers:
         first = next(iter(routers.values()))
-        shared = DynamicNet(supernet, first, image_size=images.shape[-1], segments=networks.segments)
+        shared = DynamicNet(supernet, first, image_size=image_size_of(images.shape), segments=networks.segments)
         nets |= {str(slot): shared.with_router(router) for slot, router in routers.items()}
     nets["widest"], nets["cheapest"] = networks.static(order[-1]), networks.static(order[0])
     synchronize = waiter(device)
@@ -209,7 +212,7 @@ def _in_torch(supernet: Supernet) -> _Networks:
 
 
 def _in_engine(
-    supernet: Supernet, routers: Sequence[Router], image_size: int, engine: Engine, threads: int
+    supernet: Supernet, routers: Sequence[Router], image_size: ImageSize, engine: Engine, threads: int
 ) -> _Networks:
     """The graphs that a bundle with these routers has, and static sub-networks without any gate."""
     with TemporaryDirectory(prefix="dsnet-graphs-") as name:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from dsnet.deploy.operating_points import LATENCY_CLAIM, ORIGIN_CLAIM, SHARED_CLAIM
-from dsnet.measure.latency import LatencyTable
+from dsnet.deploy.layout import ORIGIN_CLAIM
+from dsnet.deploy.operating_points import LATENCY_CLAIM, SHARED_CLAIM
+from dsnet.measure.latency_table import LatencyTable
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
@@ -16,7 +17,7 @@ from orchestration.results.exported import origin_claim
 from orchestration.results.measured import MeasuredSubnet
 from orchestration.results.run import RunResults
 from orchestration.results.verified import DynamicLatency
-from search.front.analysis import PointAnalysis, SplitAnalysis
+from search.front.analysis_records import PointAnalysis, SplitAnalysis
 
 
 def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from dsnet.errors import StoppedError
 from dsnet.stop_signals import StopRequest
 from orchestration.config.sweep import SweepConfig
+from orchestration.pipeline.storage_watch import StorageWatch
 from orchestration.prepare.preparation import Prepared
 from orchestration.progress import ProgressView
 from orchestration.results.run import RunResults
@@ -36,6 +37,7 @@ class Launch:
     tracker: Tracker
     progress: ProgressView
     stop: StopRequest
+    storage: StorageWatch
     on_record: Callable[[TrialRecord], None] = _ignore
     """Called with every recorded trial; a sweep of supernets adds the trials of all members to one
     study."""

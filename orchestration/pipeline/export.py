@@ -27,13 +27,13 @@ from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints
 from dsnet.deploy.precisions import graphs_folder
 from dsnet.dotted import nest
-from dsnet.errors import DsnetError, NotFoundError
+from dsnet.errors import DsnetError, NotFoundError, StorageError
 from dsnet.routers.base import Router
 from dsnet.routers.fixed import FixedRouter
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from orchestration.config.export import MEMBERS, gate_picks, point_sets
 from orchestration.pipeline.claims import bundle_claims, gate_point_claims, member_claims
 from orchestration.pipeline.int8_accuracy import BundleSource, measure_int8
@@ -296,6 +296,8 @@ def write_chosen_formats(bundle: Path, formats: Formats, source: BundleSource) -
     elif can_write_graphs():
         try:
             write_formats(bundle, [ONNX], source, formats.say)
+        except StorageError:
+            raise
         except DsnetError as error:
             _log.warning("%s has no ONNX files, so that it runs in torch alone: %s", bundle.name, error)
     further = [name for name in formats.further if name not in (formats.chosen or ())]

@@ -13,7 +13,8 @@ from heapq import heapreplace
 from typing import Any
 
 from dsnet.environment import resolve_device
-from dsnet.measure.latency import BUDGET_S, MachineLoad
+from dsnet.measure.latency import BUDGET_S
+from dsnet.measure.latency_table import MachineLoad
 from dsnet.measure.settings import LatencySettings
 from dsnet.process_memory import resident_bytes
 from dsnet.structure.data import num_held_out, order_madds

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import torch
 
 from dsnet.data.splits import SPLIT_NAMES
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
+from dsnet.files import remove_drafts
 from dsnet.stop_signals import StopRequest
+from dsnet.storage_faults import storage_error
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.sweep import SweepConfig
@@ -26,13 +28,14 @@ from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.mending import mend_run, mend_search
 from orchestration.pipeline.placement import refuse_what_cannot_fit
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
+from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, ray_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import supernet_stage
 from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.adoption import adopt
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, write_splits
 from orchestration.progress import FiledProgress, ProgressView
-from orchestration.results.mlflow_store import store_uri
+from orchestration.results.mlflow_store import store_uri, whole_sweep
 from orchestration.results.protocol import Results
 from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
@@ -41,11 +44,13 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest, describe_hardware
 from orchestration.runs.stages import StagePlan, plan_stages
+from orchestration.tracking.missing import MissingRows
 from orchestration.tracking.protocol import Status, Tracker
 from orchestration.tracking.rows import (
     Standing,
     data_rows,
     make_tracker,
+    replay,
     stage_uid,
     sweep_end_ms,
     sweep_row,
@@ -57,8 +62,9 @@ from orchestration.tracking.rows import (
 )
 from orchestration.workers.node_check import check_nodes
 from orchestration.workers.nodes import cluster_nodes, nodes_in_words
+from orchestration.workers.ray_folder import ray_folder
 from orchestration.workers.runtime import LOCAL, RaySettings, ray_session
-from search.front.points import save_points
+from search.front.points_file import save_points
 
 TRACKING_TIMEOUT_S = 30.0
 STOPPED_TRACKING_TIMEOUT_S = 4.0
@@ -92,7 +98,7 @@ def launch(
         take_over: take the lock of another host.
 
     Raises:
-        StoppedError: stopped early; launching again continues.
+        StoppedError: stopped early, also by its storage; launching again continues.
         VerificationError, NothingFeasibleError, TooManyFailedTrialsError, LockedError,
         PreflightError, ...: see dsnet.errors.
     """
@@ -106,18 +112,36 @@ def launch(
         progress.warn(warning)
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a path that cannot be part of a database URI, before anything is written
+    check_reserve(run_reserve(config))
     run.create()
-    with DriverLock(run, command, take_over=take_over) as lock:
+    with ExitStack() as stack:
+        lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
+        watch = stack.enter_context(watched(run, run_reserve(config)))
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         run.clear_stop()
-        with stop(run) as request:
-            manifest = write_facts(prepared, run, progress.warn)
-            tracker = make_tracker(config, run, progress.warn)
-            results = RunResults(run, config)
-            work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request)
-            with closing_tracker(run, tracker, progress, lambda: sweep_end_ms(manifest.read())):
-                return _run_stages(work)
+        clear_drafts(run, config)
+        request = stack.enter_context(stop(run))
+        request.add(watch)
+        manifest = write_facts(prepared, run, progress.warn)
+        missing = MissingRows(run)
+        tracker = make_tracker(config, run, missing.warned(progress.warn))
+        results = RunResults(run, config)
+        work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request, watch)
+        stack.enter_context(closing_tracker(run, tracker, missing, progress, lambda: sweep_end_ms(manifest.read())))
+        if config.tracking.mlflow:
+            missing.repeat(lambda: replay(results, tracker), progress)
+        return _run_stages(work)
+
+
+OLD_DRAFT_S = 600.0
+"""Age from which an unfinished file is removed where other machines may be writing."""
+
+
+def clear_drafts(run: RunDir, config: SweepConfig) -> None:
+    """Remove the unfinished files that killed processes left in the run folder, whose lock is
+    held."""
+    remove_drafts(run.path, 0.0 if config.ray.address == LOCAL else OLD_DRAFT_S)
 
 
 def write_facts(prepared: Prepared, run: RunDir, warn: Callable[[str], None]) -> Manifest:
@@ -169,13 +193,18 @@ def _absolute(path: str | None) -> str | None:
 
 @contextmanager
 def closing_tracker(
-    run: RunDir, tracker: Tracker, progress: ProgressView, finished_ms: Callable[[], int]
+    run: RunDir,
+    tracker: Tracker,
+    missing: MissingRows,
+    progress: ProgressView,
+    finished_ms: Callable[[], int],
 ) -> Iterator[None]:
     """Close the tracker at the end of the block, with the status in which the launch ended.
 
     Args:
         run: the run folder, which a warning names.
         tracker: tracker to close.
+        missing: the mark of the run for writes that are missing.
         progress: receives a warning about missing writes.
         finished_ms: when the work ended; not the present time, so that a launch that had nothing to
             do changes nothing.
@@ -188,13 +217,20 @@ def closing_tracker(
     except (StoppedError, KeyboardInterrupt):
         status = "KILLED"
         raise
+    except Exception as error:
+        status = "FAILED" if storage_error(error) is None else "KILLED"  # the next launch continues
+        raise
     finally:
         timeout_s = STOPPED_TRACKING_TIMEOUT_S if status == "KILLED" else TRACKING_TIMEOUT_S
         summary = tracker.close(status, end_ms or int(time.time() * 1000), timeout_s)
+        missing.add(summary)
         if summary.num_unsent:
             progress.warn(
-                f"{plural(summary.num_unsent, 'write')} to MLflow failed; repeat them later with: {command_line('sync', run.path)}"
+                f"{plural(summary.num_unsent, 'write')} to MLflow failed; the next launch of this run repeats them, and so does: "
+                f"{command_line('sync', run.path)}"
             )
+        if whole_sweep(run) is run:  # its tracker is closed last
+            missing.settle()
 
 
 def _run_stages(work: Launch) -> LaunchResult:
@@ -209,7 +245,7 @@ def _run_stages(work: Launch) -> LaunchResult:
     supersede_others(work, plans)
     on_ray: list[str] = [name for name in ("structure", "supernet") if name in plans and not plans[name].is_done]
     on_ray += ["search"] if needs_workers(run, plans["search"], config) else []
-    with ray_where_needed(on_ray, config, work.prepared, work.progress):
+    with ray_where_needed(on_ray, config, work.prepared, work.progress, work.storage):
         if prepared.structure is not None:
             work = structure_stage(work, plans["structure"])
             refuse_impossible_layout(config, work.prepared.subnets, prepared.image_size)
@@ -261,6 +297,7 @@ def ray_where_needed(
     config: SweepConfig,
     prepared: Prepared,
     progress: ProgressView,
+    storage: StorageWatch,
     *,
     at_a_time: int | None = None,
 ) -> Iterator[None]:
@@ -286,7 +323,12 @@ def ray_where_needed(
         address=config.ray.address,
         num_cpus=config.ray.num_cpus,
         object_store_mib=max(config.ray.object_store_mib, needed_mib),
+        start_timeout_s=config.ray.start_timeout_s,
     )
+    if settings.address == LOCAL:
+        reserve = ray_reserve(config, ray_folder())
+        check_reserve(reserve)
+        storage.add(reserve)
     with ray_session(settings):
         if settings.address != LOCAL:
             check_nodes()

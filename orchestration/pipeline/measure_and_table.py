@@ -9,8 +9,10 @@ from pathlib import Path
 from dsnet.data.tensors import TensorData
 from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json
-from dsnet.measure.evaluate import TRAIN_SAMPLE_FILE, build_routing_table, measure_subnets, sample_training_images
-from dsnet.measure.latency import latency_file, measure_latency
+from dsnet.measure.evaluate import build_routing_table, measure_subnets, sample_training_images
+from dsnet.measure.latency import measure_latency
+from dsnet.measure.latency_table import latency_file
+from dsnet.measure.settings import TRAIN_SAMPLE_FILE
 from dsnet.network.supernet import Supernet
 from dsnet.wording import subnet_phrase
 from orchestration.pipeline.context import Launch

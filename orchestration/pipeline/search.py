@@ -16,14 +16,15 @@ from safetensors.numpy import load, save
 
 from dsnet.data.settings import Augmentation
 from dsnet.errors import CheckpointError, NothingFeasibleError, StoppedError
-from dsnet.files import atomic_write_bytes, set_aside
+from dsnet.files import atomic_write_bytes, known_sha256, set_aside
 from dsnet.gates.end_to_end import GateImages
 from dsnet.gates.settings import EndToEndSettings
+from dsnet.image_size import ImageSize
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code
 from orchestration.config.resolve import (
@@ -95,6 +96,8 @@ def trials_without_gate(run: RunDir, plan: StagePlan) -> list[TrialRecord]:
 def _lacks_gate(path: Path, record: TrialRecord) -> bool:
     if record.arrays_sha256 is None and record.state != "complete":
         return False
+    if record.arrays_sha256 is not None:  # with its hash, it need not be read any further
+        return not path.is_file() or known_sha256(path) != record.arrays_sha256
     try:
         load_router(path, record.arrays_sha256)
     except CheckpointError:
@@ -254,7 +257,7 @@ def named_baseline(results: RunResults) -> dict[str, float]:
     return {f"{BASELINE}{name}": value for name, value in results.baseline.items()}
 
 
-def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size: int) -> None:
+def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size: ImageSize) -> None:
     """Raise, before anything is trained, if no router over this layout can satisfy a hard
     constraint.
 

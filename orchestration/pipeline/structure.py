@@ -20,7 +20,7 @@ from dsnet.data.training_images import TrainingImages
 from dsnet.environment import resolve_device
 from dsnet.files import read_stored
 from dsnet.network.supernet import Supernet
-from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.stored.names import STRUCTURE
 from dsnet.structure.method import Base, Candidate, Score
 from dsnet.structure.methods import structure_method
 from dsnet.structure.search import Scorer
@@ -120,7 +120,6 @@ class _OnRay:
         with work.progress.bar(Task(f"structure: {base.name}", base.run.train.epochs, "epoch", line_every=1)) as bar:
 
             def on_points(points: list[CurvePoint]) -> None:
-                work.tracker.curve(points)
                 if points:
                     bar.update(points[-1].metrics["epoch"] or 0.0)
 
@@ -130,6 +129,7 @@ class _OnRay:
                 on_points=on_points,
                 should_stop=work.stop,
                 stalls=work.stall_rules(f"structure: {base.name}"),
+                on_counted=work.tracker.curve,
             )
 
     def _train_beside(self, base: Base, job: SupernetJob, images: TrainingImages) -> None:
@@ -140,9 +140,10 @@ class _OnRay:
         train_on_ray(
             job,
             images,
-            on_points=points.extend,
+            on_points=lambda _: None,
             should_stop=work.stop,
             stalls=work.stall_rules(f"structure: {base.name}"),
+            on_counted=points.extend,
         )
         took = duration(time.monotonic() - started)
         loss = points[-1].metrics.get(f"loss/{base.subnets.largest.name}") if points else None

@@ -15,7 +15,7 @@ from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.runs.curves import CurvePoint
 from orchestration.runs.folder import CURVES
 from orchestration.runs.stages import StagePlan
-from orchestration.tracking.rows import supernet_row
+from orchestration.tracking.rows import supernet_row, write_supernet
 from orchestration.workers.nodes import cluster_nodes
 from orchestration.workers.runtime import LOCAL
 from orchestration.workers.supernet import SupernetJob, train_on_ray
@@ -53,20 +53,24 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
         with work.progress.bar(Task("supernet", epochs, "epoch", line_every=1)) as bar:
 
             def on_points(points: list[CurvePoint]) -> None:
-                work.tracker.curve(points)
                 if points:
                     bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1], shown))
 
             data = work.prepared.training_images()
             stem = train_on_ray(
-                job, data, on_points=on_points, should_stop=work.stop, stalls=work.stall_rules("supernet")
+                job,
+                data,
+                on_points=on_points,
+                should_stop=work.stop,
+                stalls=work.stall_rules("supernet"),
+                on_counted=work.tracker.curve,
             )
         return supernet_outputs(stem)
 
     was_done = plan.is_done
     folder = work.run_stage(plan, train)
-    # Also if the stage was done before: an earlier store with the row may have been lost.
-    work.tracker.supernet(supernet_row(work.manifest.read(), run, config, is_done=True))
+    # All of it, also if the stage was done before: the store may be a new one, or have missed rows.
+    write_supernet(work.tracker, work.results)
     if not was_done:
         facts = SupernetFacts.of_prepared(work.prepared)
         work.progress.say(f"supernet: {done_sentence(facts, folder.seconds() or 0.0)}")

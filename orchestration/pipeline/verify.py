@@ -23,7 +23,8 @@ from orchestration.progress import Task
 from orchestration.results.verified import Agreement
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StageDir, StagePlan, StageRecord, plan_stage
-from search.front.analysis import Bootstrap, BudgetPick, SplitAnalysis, analyse_split
+from search.front.analysis import Bootstrap, analyse_split
+from search.front.analysis_records import BudgetPick, SplitAnalysis
 from search.front.ceiling import RouteForecast
 
 VERIFY_FILE = "verify.json"

@@ -22,9 +22,8 @@ from dsnet.measure.settings import LatencySettings
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
-from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.stored.names import FINAL, STRUCTURE
 from dsnet.structure.settings import StructureSettings
-from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.supernet import REGIME_KEYS, resolve_regime
 from orchestration.config.sweep import SweepConfig

@@ -13,6 +13,7 @@ from dsnet.data.settings import Augmentation
 from dsnet.data.sources import ImageSource
 from dsnet.data.splits import Splits
 from dsnet.errors import ConfigError
+from dsnet.image_size import image_size_of, shorter_side
 from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.data_defaults import DERIVED_KEYS, RECALIBRATION, DataDefault, DataFacts, data_defaults
@@ -35,7 +36,7 @@ class Derived:
 
 def data_facts(image_set: ImageSource, splits: Splits, subnets: SubnetSet, is_pretrained: bool = False) -> DataFacts:
     """The facts about the data, the network and its start weights on which the defaults depend."""
-    channels, _, size = image_set.image_shape
+    channels, size = image_set.image_shape[0], image_size_of(image_set.image_shape)
     num_classes = len(image_set.class_names)
     counts = np.bincount(image_set.labels.numpy()[splits.train], minlength=num_classes)
     return DataFacts(
@@ -98,10 +99,13 @@ def _of_the_augmentation(config: SweepConfig, image_set: ImageSource) -> dict[st
     if written.crop_scale is not None or config.data.stream:
         return {}
     made = Augmentation.for_images(image_set)
-    side = image_set.image_shape[-1]
+    size = image_size_of(image_set.image_shape)
+    side = "" if isinstance(size, int) else "the shorter side, "
     found = {}
     if written.crop_padding is None:
-        found[f"{AUGMENT}crop_padding"] = DataDefault(made.crop_padding, f"an eighth of {side} pixels")
+        found[f"{AUGMENT}crop_padding"] = DataDefault(
+            made.crop_padding, f"an eighth of {side}{shorter_side(size)} pixels"
+        )
     if written.flip is None:
         reason = "mirroring does not change the class" if made.flip else "a mirrored digit is not a digit"
         found[f"{AUGMENT}flip"] = DataDefault(made.flip, reason)

@@ -24,6 +24,7 @@ from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
 from dsnet.files import atomic_write_text, read_object, read_stored, understood
 from dsnet.gates.problem import check_choice
+from dsnet.image_size import ImageSize, image_size_of
 from dsnet.measure.settings import MAIN_DEVICE, DeviceSettings, LatencySettings
 from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
@@ -31,7 +32,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import RESULT_VERSIONS
-from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.stored.names import FINAL, STRUCTURE
 from dsnet.structure.expected import expected_subnets
 from dsnet.structure.method import Base, StructureProblem
 from dsnet.structure.methods import check_structure, structure_method
@@ -42,7 +43,7 @@ from dsnet.training.normalizing import ChosenNormalization, choose_normalization
 from dsnet.training.plain_start import PlainStart
 from dsnet.training.settings import BootstrapSettings, TrainSettings, penalty_problem
 from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
-from dsnet.training.supernet import FINAL, result_settings
+from dsnet.training.supernet import result_settings
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.resolve import conditions, resolve_cores, resolve_threads
 from orchestration.config.space import absolute_targets, possible_routers
@@ -56,7 +57,7 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDefinition, StageDir, StageRecord, stage_record
 from search.conditions.constraints import BASELINE
-from search.front.analysis import BudgetPick
+from search.front.analysis_records import BudgetPick
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +141,9 @@ class Prepared:
         return None if start is None else start.sha256
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels."""
-        return self.image_set.image_shape[-1]
+    def image_size(self) -> ImageSize:
+        """Size of the images."""
+        return image_size_of(self.image_set.image_shape)
 
     @cached_property
     def supernet_run(self) -> SupernetRun:
@@ -380,8 +381,7 @@ def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
     if start is not None:
         prepared = replace(prepared, start=StartPoint.of(start, prepared.subnets))
     fresh = () if prepared.start is None else prepared.start.fresh
-    has_batch_norm = prepared.subnets.spec.norm != "group_norm"
-    problem = penalty_problem(prepared.supernet_run.train.gamma_l1, has_batch_norm)
+    problem = penalty_problem(prepared.supernet_run.train.gamma_l1, prepared.subnets.spec.has_batch_norm)
     if problem is not None:
         raise ConfigError(problem)
     check_start(prepared.supernet_run, start, fresh, len(prepared.image_set.class_names))
@@ -417,7 +417,7 @@ def _laid_out(
     latency_settings(config)
     images = images or load_images(config)
     image_set, splits, data = images.image_set, images.splits, images.data
-    channels, _, size = image_set.image_shape
+    channels, size = image_set.image_shape[0], image_size_of(image_set.image_shape)
     task = Task(num_classes=len(image_set.class_names), in_channels=channels, image_size=size)
     subnets = lay_out(supernet.model, task, supernet.options, resolve_regime(supernet).norm, start)
     is_chosen = supernet.structure.is_chosen

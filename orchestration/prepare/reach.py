@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from dsnet.gates.tree import NUM_EXTRA_POOLINGS
-from dsnet.measure.latency import BatchClock, LatencyTable, latency_metric
+from dsnet.image_size import ImageSize
+from dsnet.measure.latency_table import BatchClock, LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import metrics
 from dsnet.routers.cascade import num_answer_features
@@ -34,7 +35,7 @@ _ROUNDING = 1e-9
 """Relative widening of the ranges, because sums in another order round differently."""
 
 
-def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> dict[str, Range]:
+def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: ImageSize) -> dict[str, Range]:
     """`metric_ranges` before anything is measured, and ranges of the names `baseline.*`, exact
     where the layout decides the metric."""
     ranges = metric_ranges(config, subnets, image_size)
@@ -48,7 +49,7 @@ def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> d
     return ranges | {f"{BASELINE}{name}": reach for name, reach in static.items()}
 
 
-def hopeless_conditions(config: SweepConfig, subnets: SubnetSet, image_size: int) -> Iterator[str]:
+def hopeless_conditions(config: SweepConfig, subnets: SubnetSet, image_size: ImageSize) -> Iterator[str]:
     """Warnings about soft constraints and targets that no router over this layout can meet, so that
     the search finds nothing or does not end."""
     ranges = layout_ranges(config, subnets, image_size)
@@ -71,7 +72,7 @@ def spoken_reach(names: Collection[str], ranges: Mapping[str, Range]) -> str:
 
 
 def metric_ranges(
-    config: SweepConfig, subnets: SubnetSet, image_size: int, latencies: Mapping[str, LatencyTable] | None = None
+    config: SweepConfig, subnets: SubnetSet, image_size: ImageSize, latencies: Mapping[str, LatencyTable] | None = None
 ) -> dict[str, Range]:
     """Bounds of each metric that hold for every trial of the sweep, whatever its router learns;
     used to refuse impossible conditions early.
@@ -79,7 +80,7 @@ def metric_ranges(
     Args:
         config: its kinds of router, routing space and perceptron sizes.
         subnets: the routes.
-        image_size: side in pixels.
+        image_size: size of the images.
         latencies: latency tables by device; None before they are measured, when any latency above 0
             is possible.
     """
@@ -120,7 +121,7 @@ class _CostBounds:
     """Bounds of the costs of routers over a set of sub-networks."""
 
     subnets: SubnetSet
-    image_size: int
+    image_size: ImageSize
     routes: tuple[int, ...]
     """Routes that a trial may have."""
     is_exact: bool
@@ -129,7 +130,7 @@ class _CostBounds:
     """Smallest and largest number of hidden units of a perceptron."""
 
     @classmethod
-    def of(cls, config: SweepConfig, subnets: SubnetSet, image_size: int) -> _CostBounds:
+    def of(cls, config: SweepConfig, subnets: SubnetSet, image_size: ImageSize) -> _CostBounds:
         routing, space = config.gate.routing, config.space
         key = "gate.perceptron.hidden_units"
         units = [int(n) for n in space[key].edge_values()] if key in space else [config.gate.perceptron.hidden_units]

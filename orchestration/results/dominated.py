@@ -12,7 +12,7 @@ from orchestration.results.gate_id import GateId
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from search.conditions.constraints import BASELINE
-from search.front.analysis import is_collapsed
+from search.front.analysis_records import is_collapsed
 
 UNITS = {"madds_m": "M MAdds", "params_m": "M parameters"}
 """Units of metrics, where they are not the metric's name."""

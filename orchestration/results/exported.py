@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsnet.deploy.layout import MANIFEST
-from dsnet.deploy.operating_points import ORIGIN_CLAIM
+from dsnet.deploy.layout import MANIFEST, ORIGIN_CLAIM
 from dsnet.errors import CheckpointError
 from dsnet.files import read_sealed
 from orchestration.config.command_lines import command_line, has_own_code

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsnet.measure.latency import LatencyTable, latency_metric
+from dsnet.measure.latency_table import LatencyTable, latency_metric
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ from dashboards.widths import LatencySeries, WidthsInfo
 from dsnet.data.registry import find_data_set
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json_lines, understood
-from dsnet.measure.latency import LatencyTable, latency_metric
+from dsnet.measure.latency_table import LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import top1_by_class
-from dsnet.routing.table_routing import run_on_table, static_run
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import static_run
 from dsnet.wording import plural
 from orchestration.config.command_lines import command_line, has_own_code, has_own_network, launch_command
 from orchestration.config.sweep import SweepConfig
@@ -47,11 +48,12 @@ from orchestration.results.mlflow_store import browsing_commands
 from orchestration.results.run import RunResults
 from orchestration.results.search_end import read_end
 from orchestration.results.structure import structure_of, training_cost
+from orchestration.results.timing_doubt import timing_doubt
 from orchestration.results.training_review import review
 from orchestration.results.trial_list import broken_constraints
 from orchestration.results.verified import Verified
 from orchestration.runs.folder import RunDir
-from search.front.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis, is_collapsed, optimism
+from search.front.analysis_records import Interval, PointAnalysis, RouterShare, SplitAnalysis, is_collapsed, optimism
 from search.front.controls import StaticLine
 from search.front.pareto import hypervolume, hypervolume_trace
 from search.front.points import PointRow, trial_name
@@ -157,34 +159,6 @@ def training_notes(results: RunResults) -> tuple[str, ...]:
 def note_of_warning(warning: TrainingWarning, whose: str = "") -> str:
     """A warning in sentences; `whose` comes before it."""
     return f"{whose}{capital(warning.text)}. What to do: {warning.way_out}."
-
-
-def timing_doubt(results: RunResults) -> str | None:
-    """A sentence that says why the measured times are unreliable and what to do; None if nothing is
-    wrong."""
-    noise = timing_noise(results)
-    if noise is None:
-        return None
-    return (
-        f"the latencies are unreliable, because the machine was busy or its times varied ({noise}); "
-        f"measure again on an idle machine: {command_line('measure', results.run.path, own_code=has_own_code(results.config))}"
-    )
-
-
-def timing_noise(results: RunResults) -> str | None:
-    """Which of the timings were disturbed, and how; None if none was."""
-    timed = [(f"sub-networks{_on(name)}", table.noise) for name, table in results.newest_latencies.items()]
-    if results.verified is not None:
-        timed += [(f"the front{_on(name)}", own.noise) for name, own in results.verified.latencies.items()]
-    found = [f"{what}: {why}" for what, why in timed if why is not None]
-    if not found:
-        return None
-    others = f"; and {plural(len(found) - 1, 'more timing')}" if len(found) > 1 else ""
-    return f"{found[0]}{others}"
-
-
-def _on(device: str) -> str:
-    return f" on {device}" if device else ""
 
 
 def _timing_notes(results: RunResults) -> tuple[str, ...]:

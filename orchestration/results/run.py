@@ -1,5 +1,8 @@
 """Results of a run, read from its folder, for status, pareto, report, export and sync. Reads only,
-and never the sealed table."""
+and never the sealed table.
+
+What needs torch is imported where it is used, so that lists and tables do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError
-from dsnet.files import known_sha256, read_object, read_sealed, read_stored, understood
-from dsnet.measure.latency import BatchClock, LatencyTable, device_of, latency_metric
+from dsnet.files import known_sha256, read_object, read_sealed, read_stored, reading, understood
+from dsnet.measure.latency_table import BatchClock, LatencyTable, device_of, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import added_metrics
-from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import static_run
+from dsnet.routing.table_run import static_run
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from orchestration.config.command_lines import launch_command
 from orchestration.config.export import check_pick, gate_picks
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.reach import Range, metric_ranges
 from orchestration.results.gate_id import GateId
 from orchestration.results.measured import MeasuredSubnet, MeasuredSubnets, static_metrics
 from orchestration.results.search_end import read_end
@@ -38,11 +39,15 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.queue import read_queue
 from orchestration.runs.stages import StageDir, check_origins
-from search.front.analysis import BudgetPick, budget_picks, front_slots, pickable, spread_along_front
+from search.front.analysis_records import BudgetPick
 from search.front.pareto import REFERENCE_MARGIN, apply_pick, parse_pick
 from search.front.points import PointRow, control_points, gate_points, subnet_points, trial_name
-from search.gate_trial import router_of
+from search.front.selection import budget_picks, front_slots, pickable, spread_along_front
 from search.study.study import TrialRecord, has_study, load_enqueued, load_records
+
+if TYPE_CHECKING:
+    from dsnet.routers.base import Router
+    from orchestration.prepare.reach import Range
 
 
 class RunResults:
@@ -368,6 +373,8 @@ class RunResults:
         Raises:
             NotFoundError: the measure stage has not finished.
         """
+        from orchestration.prepare.reach import metric_ranges
+
         self.done_key("measure")
         subnets = self.trained_subnets
         return metric_ranges(self.config, subnets, subnets.spec.image_size, self.latencies)
@@ -411,7 +418,7 @@ class RunResults:
     @cached_property
     def contenders(self) -> tuple[BudgetPick, ...]:
         """The trials that represent each kind of router at the budgets, chosen on `val`."""
-        trials = [(record.slot, self.router_kind(record.slot), record.metrics) for record in self.feasible]
+        trials = [(record.slot, self.kind_of(record), record.metrics) for record in self.feasible]
         return budget_picks(trials, np.array([subnet.madds for subnet in self.members]))
 
     @cached_property
@@ -451,7 +458,11 @@ class RunResults:
 
     def record(self, slot: int) -> TrialRecord:
         """The record of the trial with this slot."""
-        return next(record for record in self.records if record.slot == slot)
+        return self._records_by_slot[slot]
+
+    @cached_property
+    def _records_by_slot(self) -> dict[int, TrialRecord]:
+        return {record.slot: record for record in self.records}
 
     def router_kind(self, slot: int) -> str:
         """The kind of a trial's router."""
@@ -611,13 +622,16 @@ def load_router(path: Path, sha256: str | None) -> Router:
     Raises:
         CheckpointError: the file is missing, or is not the one that the trial stored.
     """
+    from search.gate_trial import router_of
+
     way_out = "restore it from a copy; or launch the sweep again, which runs this trial again"
     if not path.is_file():
         raise CheckpointError(f"{path}: the gate of this trial is missing; {way_out}")
     if sha256 is not None and known_sha256(path) != sha256:
         raise CheckpointError(f"{path}: is not the gate that the trial stored (its SHA-256 differs); {way_out}")
     try:
-        return router_of(load_file(path))
+        with reading(path):
+            return router_of(load_file(path))
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, CheckpointError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {way_out}") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 from dashboards.structure import Scored, StructureInfo
 from dsnet.files import read_stored
 from dsnet.space.cost import subnet_cost
-from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.stored.names import STRUCTURE
 from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.training.train_cost import training_madds
 from dsnet.wording import prefixed

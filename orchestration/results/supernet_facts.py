@@ -1,28 +1,32 @@
 """Facts about how a supernet was made: the meaning of its regime, checkpoint and defaults, for
-`plan`, the report and MLflow."""
+`plan`, the report and MLflow.
+
+The families of networks need torch, and are imported where they are used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsnet.errors import ConfigError
-from dsnet.families import GatePlace, Task, get_family, layout
 from dsnet.files import read_object, understood
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.stored.names import FINAL, STRUCTURE
 from dsnet.structure.method import Base
 from dsnet.structure.methods import structure_method
 from dsnet.training.settings import REGIMES
-from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.wording import plural
 from orchestration.config.supernet import CHECKPOINT_MODEL, resolve_regime
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.preparation import Prepared, StructurePlan
+
+if TYPE_CHECKING:
+    from dsnet.families import GatePlace
+    from orchestration.prepare.preparation import Prepared, StructurePlan
 
 _NUM_LISTED = 4
 """Maximum number of tensors without start weights that are named."""
@@ -81,12 +85,16 @@ class SupernetFacts:
         """The meaning of the sub-networks' names; empty if they are plain numbers."""
         if self.structure:
             return ""
+        from dsnet.families import get_family
+
         return get_family(self.spec.family).naming
 
     @property
     def gate_places(self) -> tuple[GatePlace, ...]:
         """The places at which the network can have gates, where these can be chosen; a plain
         network is traced for them."""
+        from dsnet.families import get_family
+
         return get_family(self.spec.family).gate_places(self.spec)
 
     def lines(self, init_from: str | None) -> tuple[tuple[str, str], ...]:
@@ -96,7 +104,8 @@ class SupernetFacts:
             init_from: `supernet.init_from` of the sweep.
         """
         run, train = self.run, self.run.train
-        lines = [("network", f"{self.spec.family} with {self.num_subnets} sub-networks, norm {self.spec.norm}")]
+        norm = f"norm {self.spec.norm}" if self.spec.has_norms else "no BatchNorm"
+        lines = [("network", f"{self.spec.family} with {self.num_subnets} sub-networks, {norm}")]
         if self.structure:
             lines.append(("sub-networks", self.structure))
         if train.epochs == 0:
@@ -122,9 +131,9 @@ class SupernetFacts:
         return {"network": {"family": self.spec.family, "norm": self.spec.norm}, "origin": dict(self.run.origin)}
 
     def keeps_statistics(self) -> bool:
-        """Whether BatchNorm statistics are not estimated after training: the norm has none, or the
-        settings say so."""
-        return self.spec.norm == "group_norm" or self.run.recalibration_images == 0
+        """Whether BatchNorm statistics are not estimated after training: the network has none, or
+        the settings say so."""
+        return not self.spec.has_batch_norm or self.run.recalibration_images == 0
 
     def _regime(self) -> str:
         regime = self.run.regime
@@ -146,7 +155,7 @@ class SupernetFacts:
 
     def _statistics(self) -> str:
         if self.keeps_statistics():
-            return "none" if self.spec.norm == "group_norm" else "those of the start weights"
+            return "those of the start weights" if self.spec.has_batch_norm else "none"
         images = self.run.recalibration_images
         return f"estimated again on {'all' if images is None else images} training images"
 
@@ -202,6 +211,8 @@ def dry_layout(config: SweepConfig) -> SubnetSet | None:
     supernet = config.supernet
     if supernet.model == CHECKPOINT_MODEL:
         return None
+    from dsnet.families import Task, layout
+
     task = Task(num_classes=10, in_channels=3, image_size=config.data.image_size or 32)
     return layout(supernet.model, task, supernet.options, resolve_regime(supernet).norm)
 

@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from dsnet.errors import DsnetError
 from dsnet.files import read_json_lines, read_object, read_stored, understood
-from dsnet.measure.evaluate import TRAIN_SAMPLE_FILE
-from dsnet.stored.checkpoint import STRUCTURE
-from dsnet.training.supernet import FINAL
+from dsnet.measure.settings import TRAIN_SAMPLE_FILE
+from dsnet.stored.names import FINAL, STRUCTURE
 from orchestration.results.run import RunResults, subnets_in
 from search.training_checks import Score, TrainingFacts, TrainingWarning, training_warnings
 

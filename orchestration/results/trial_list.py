@@ -106,17 +106,21 @@ class TrialList:
         """
         chosen = [trial for trial in self.trials if _is_wanted(trial, selection.state)]
         baselines = self._baselines() if any(BASELINE in text for text in selection.where) else {}
-        known = sorted({name for trial in self.trials for name in trial.values})
+        names = self._names() if selection.where or selection.sort is not None else []
         for text in selection.where:
-            comparison = parse_comparison(text, [*known, *dict.fromkeys(chain.from_iterable(baselines.values()))])
+            comparison = parse_comparison(text, [*names, *dict.fromkeys(chain.from_iterable(baselines.values()))])
             chosen = [
                 trial for trial in chosen if comparison.holds({**trial.values, **baselines.get(trial.supernet, {})})
             ]
         if selection.sort is not None:
-            _check_known(selection.sort, known)
+            _check_known(selection.sort, names)
             sign = -1.0 if self._is_rising(selection.sort) else 1.0
             chosen.sort(key=lambda trial: _rank(trial.values.get(selection.sort or ""), sign))
         return tuple(chosen[: selection.limit])
+
+    def _names(self) -> list[str]:
+        """The names that a condition may use, beside those of baselines."""
+        return sorted({name for trial in self.trials for name in trial.values})
 
     def _baselines(self) -> dict[str | None, dict[str, float]]:
         """Values of `baseline.top1` and so on, by supernet."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dsnet.measure.latency import LatencyTable, MachineLoad, Timing, noise_of
+from dsnet.measure.latency_table import LatencyTable, MachineLoad, Timing, noise_of
 from dsnet.measure.settings import MAIN_DEVICE
-from search.front.analysis import BudgetPick, PointAnalysis, SplitAnalysis
+from search.front.analysis_records import BudgetPick, PointAnalysis, SplitAnalysis
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,11 @@ class RunDir:
         return self.path / "progress.json"
 
     @property
+    def unsent_json(self) -> Path:
+        """A mark: MLflow lacks rows of the run (see `orchestration.tracking.missing`)."""
+        return self.path / "unsent.json"
+
+    @property
     def splits_json(self) -> Path:
         return self.path / "data" / "splits.json"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from dsnet.errors import CheckpointError, ConfigError, LockedError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, LockedError, PreflightError, StorageError
 from dsnet.files import atomic_write_json, exclusive, read_object
 from dsnet.strict_json import read_strictly
 from orchestration.runs.folder import RunDir
@@ -103,10 +104,11 @@ class DriverLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._run.path.is_dir():  # the user may have deleted the run meanwhile; that must not hide `error`
-            with exclusive(self._run.path):
-                if read_lock(self._path) == self._holder:
-                    self._path.unlink()
+        # The folder may have been deleted, or may not be writable any more. That must not hide
+        # `error`; and a lock whose process has ended keeps nobody out.
+        with suppress(StorageError, OSError), exclusive(self._run.path):
+            if read_lock(self._path) == self._holder:
+                self._path.unlink()
         self._holder = None
 
     def _try_create(self, holder: LockHolder) -> bool:

@@ -7,13 +7,12 @@ The driver reads them before every cohort; points can be appended with or withou
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsnet.errors import CheckpointError, PreflightError
-from dsnet.files import exclusive, parse_json, sealed, unsealed
+from dsnet.errors import CheckpointError
+from dsnet.files import append_bytes, exclusive, parse_json, reading, sealed, unsealed
 from orchestration.runs.manifest import now_iso
 from search.suggest.space import Scalar
 
@@ -29,20 +28,13 @@ def append_points(path: Path, points: Sequence[Mapping[str, Scalar]]) -> int:
         the number of points that the queue holds now.
 
     Raises:
-        PreflightError: it cannot be written; the queue holds what it held before.
+        StorageError: it cannot be written; the queue holds what it held before.
         CheckpointError: the file is not a queue.
     """
     lines = [json.dumps(sealed({"params": dict(point), "at": now_iso()})) + "\n" for point in points]
     with exclusive(path.parent):
         held = read_queue(path)
-        try:
-            with path.open("ab") as file:
-                file.truncate(_whole_lines(path))  # drop a partial line of a killed writer
-                file.write("".join(lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise PreflightError(f"cannot write {path}: {error.strerror}. Nothing was enqueued.") from error
+        append_bytes(path, "".join(lines).encode(), after=_whole_lines(path))
     return len(held) + len(points)
 
 
@@ -55,12 +47,10 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: a complete line is not a point.
     """
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    with reading(path):
+        text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     return [_point(path, number, line) for number, line in enumerate(whole.splitlines(), start=1)]
 
@@ -81,5 +71,5 @@ def _point(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _whole_lines(path: Path) -> int:
-    """Number of bytes up to the last newline."""
-    return path.read_bytes().rfind(b"\n") + 1
+    """Number of bytes up to the last newline; 0 if there is no file."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0

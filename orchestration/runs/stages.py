@@ -20,7 +20,17 @@ from typing import Any, Literal
 
 from dsnet.dotted import flatten
 from dsnet.errors import CheckpointError
-from dsnet.files import file_sha256, known_sha256, plain_value, read_sealed, set_aside, understood, write_sealed
+from dsnet.files import (
+    file_sha256,
+    known_sha256,
+    plain_value,
+    read_sealed,
+    reading,
+    set_aside,
+    understood,
+    write_sealed,
+    writing,
+)
 from orchestration.runs.folder import CURVES, RunDir
 from orchestration.runs.manifest import Manifest, now_iso
 
@@ -181,13 +191,12 @@ class StageDir:
                 f"{self.stage_json} records key {earlier.key}, not {record.key}; the folder was copied or renamed. "
                 "Move it away and launch again."
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            for folder in (self.path.parent, self.path):  # no further: a run folder that was deleted stays deleted
+                folder.mkdir(exist_ok=True)
             self.mend()
             if self.done_marker.exists() and not self._lost():
                 self.done_marker.unlink()
-        except OSError as error:
-            raise CheckpointError(f"cannot prepare {self.path}: {error.strerror}.") from error
         num_starts = 1 + (earlier.num_starts if earlier else 0)
         started = replace(record, status="running", started_at=now_iso(), num_starts=num_starts)
         write_sealed(self.stage_json, asdict(started))
@@ -363,10 +372,8 @@ class StageDir:
 
 
 def _size(path: Path) -> int:
-    try:
+    with reading(path):
         return path.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"output {path} of its stage cannot be read: {error.strerror}.") from error
 
 
 def plan_stages(run: RunDir, definitions: Sequence[StageDefinition]) -> list[StagePlan]:

@@ -18,11 +18,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.errors import CheckpointError, ConfigError, DsnetError, NotFoundError, NothingFeasibleError, StoppedError
+from dsnet.errors import (
+    CheckpointError,
+    ConfigError,
+    DsnetError,
+    NotFoundError,
+    NothingFeasibleError,
+    StoppedError,
+    StorageError,
+)
 from dsnet.files import read_sealed, write_sealed
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from dsnet.wording import plural
 from orchestration.config.export import gate_picks, point_sets
 from orchestration.config.resolve import supernet_space
@@ -34,6 +42,7 @@ from orchestration.pipeline.launch import (
     TRACKING_TIMEOUT_S,
     LaunchResult,
     anchored,
+    clear_drafts,
     closing_tracker,
     launch,
     ray_where_needed,
@@ -45,6 +54,7 @@ from orchestration.pipeline.launch import (
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.placement import artifacts_url, training_threads
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
+from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import done_sentence, supernet_outputs
 from orchestration.pipeline.verify import verify_stage
@@ -58,12 +68,14 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDir, StagePlan, begin_stage, finish_stage, record_done
-from orchestration.supernets.members import Member, MemberEntry, draw_members, read_entries, write_entries
+from orchestration.supernets.entries import MemberEntry, read_entries, write_entries
+from orchestration.supernets.members import Member, draw_members
 from orchestration.supernets.report import write_supernets_report
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
 from orchestration.supernets.tracking import (
     TreeTrackers,
+    replay_supernets,
     running_row,
     standing_of,
     supernets_end_ms,
@@ -71,6 +83,7 @@ from orchestration.supernets.tracking import (
     write_global_front,
     write_global_overview,
 )
+from orchestration.tracking.missing import MissingRows
 from orchestration.tracking.protocol import Tracker
 from orchestration.tracking.rows import (
     Standing,
@@ -88,7 +101,8 @@ from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.training_watch import StallRules
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
 from orchestration.workers.tune_supernets import SweepCallbacks, TuneMember, ValImages, stored_fates, train_members
-from search.front.points import save_points, trial_name
+from search.front.points import trial_name
+from search.front.points_file import save_points
 from search.study.study import TrialRecord
 
 Stop = Callable[[RunDir], AbstractContextManager[StopRequest]]
@@ -119,9 +133,11 @@ def launch_supernets(
         raise NothingFeasibleError(f"none of {plural(len(members), 'supernet')} has valid settings:\n{reasons}")
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
+    check_reserve(run_reserve(config))
     run.create()
     with ExitStack() as stack:
         lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
+        watch = stack.enter_context(watched(run, run_reserve(config)))
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         for member in usable:  # so that no other driver launches a member alone
@@ -129,9 +145,11 @@ def launch_supernets(
             stack.enter_context(DriverLock(member.run, command, take_over=take_over))
             member.run.clear_stop()
         run.clear_stop()
+        clear_drafts(run, config)
         request = stack.enter_context(stop(run))
+        request.add(watch)
         progress = FiledProgress(progress, run.progress_json)
-        sweep = _SupernetsLaunch.begin(config, run, images, members, progress, request, stack)
+        sweep = _SupernetsLaunch.begin(config, watch, images, members, progress, request, stack)
         return sweep.run_all()
 
 
@@ -231,6 +249,21 @@ class _PrefixedProgress:
         return self._progress.bar(replace(task, title=f"{self._label}: {task.title}"))
 
 
+def _replay_all(
+    results: SupernetSweepResults,
+    own: Mapping[str, Tracker],
+    trackers: TreeTrackers,
+    missing: MissingRows,
+    progress: ProgressView,
+) -> None:
+    """Write all rows of a sweep with the trackers of its launch, `own`; members that the launch
+    does not have get trackers that are closed here."""
+    warn = missing.warned(progress.warn)
+    for tracker, status, end_ms in replay_supernets(results, lambda name: own.get(name) or trackers.make(warn)):
+        if tracker not in own.values():
+            missing.add(tracker.close(status, end_ms, TRACKING_TIMEOUT_S))
+
+
 @dataclass
 class _TestOpeningCounter:
     """Counts in the manifest that the sweep reads `test`: once per launch, however many members
@@ -260,6 +293,7 @@ class _SupernetsLaunch:
     tracker: Tracker
     progress: ProgressView
     stop: StopRequest
+    storage: StorageWatch
     records: _MemberRecords
     study: SupernetStudy
 
@@ -267,7 +301,7 @@ class _SupernetsLaunch:
     def begin(
         cls,
         config: SweepConfig,
-        run: RunDir,
+        watch: StorageWatch,
         images: Images,
         members: tuple[Member, ...],
         progress: ProgressView,
@@ -275,6 +309,7 @@ class _SupernetsLaunch:
         stack: ExitStack,
     ) -> _SupernetsLaunch:
         """Write the run's own files and open the outputs of the launch; `stack` closes them."""
+        run = watch.run
         usable = {member.name: _in_one_experiment(member, config) for member in members if member.prepared is not None}
         first = next(iter(usable.values())).prepared
         assert first is not None
@@ -285,14 +320,15 @@ class _SupernetsLaunch:
         study = SupernetStudy.open(run, config, records.entries)
         trackers = TreeTrackers(config, run)
         stack.callback(trackers.end)
-        tracker = trackers.make(progress.warn)
+        missing = MissingRows(run)
+        tracker = trackers.make(missing.warned(progress.warn))
         parent = sweep_row(manifest.read(), run, config)
         tracker.parent(parent)
         tracker.datasets(data_rows(manifest.read()))
         manifests = {name: write_facts(_prepared(member), member.run, progress.warn) for name, member in usable.items()}
         opened = {name: RunResults(member.run, member.config) for name, member in usable.items()}
         results = SupernetSweepResults(run, opened)
-        stack.enter_context(closing_tracker(run, tracker, progress, lambda: supernets_end_ms(results)))
+        stack.enter_context(closing_tracker(run, tracker, missing, progress, lambda: supernets_end_ms(results)))
         launches = {}
         for name, member in usable.items():
             own = manifests[name]
@@ -301,16 +337,20 @@ class _SupernetsLaunch:
                 _prepared(member),
                 opened[name],
                 own,
-                trackers.make(own_progress.warn),
+                trackers.make(missing.warned(own_progress.warn)),
                 own_progress,
                 request,
+                watch,
                 on_record=_shown_in(study, name),
             )
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
             work.tracker.datasets(data_rows(own.read()))
-            stack.enter_context(closing_tracker(member.run, work.tracker, own_progress, _end_of(own)))
+            stack.enter_context(closing_tracker(member.run, work.tracker, missing, own_progress, _end_of(own)))
             launches[name] = work
-        return cls(config, results, usable, launches, manifest, tracker, progress, request, records, study)
+        if config.tracking.mlflow:
+            opened_trackers = {"": tracker} | {name: work.tracker for name, work in launches.items()}
+            missing.repeat(lambda: _replay_all(results, opened_trackers, trackers, missing, progress), progress)
+        return cls(config, results, usable, launches, manifest, tracker, progress, request, watch, records, study)
 
     @property
     def run(self) -> RunDir:
@@ -325,7 +365,8 @@ class _SupernetsLaunch:
         is_idle = self._is_idle(plans)
         first = _prepared(next(iter(self.members.values())))
         at_a_time = min(self.config.supernets.concurrent, len(self.members))
-        with ray_where_needed(self._stages_on_ray(plans), self.config, first, self.progress, at_a_time=at_a_time):
+        on_ray = self._stages_on_ray(plans)
+        with ray_where_needed(on_ray, self.config, first, self.progress, self.storage, at_a_time=at_a_time):
             for name in list(self.members):
                 self._choose_subnets(name, plans[name])
             trained = self._train(plans)
@@ -365,7 +406,7 @@ class _SupernetsLaunch:
             self._take_from_another(name, plans["structure"])
             chosen = structure_stage(work, stage_plans(work)["structure"])
             refuse_impossible_layout(chosen.config, chosen.prepared.subnets, chosen.prepared.image_size)
-        except StoppedError:
+        except (StoppedError, StorageError):
             raise
         except DsnetError as error:
             work.progress.warn(str(error))
@@ -455,6 +496,7 @@ class _SupernetsLaunch:
                     callbacks=SweepCallbacks(
                         on_report=training.on_report,
                         on_points=training.on_points,
+                        on_counted=training.on_counted,
                         on_fate=training.on_fate,
                         should_stop=self.stop,
                         stalls=StallRules(tell=lambda text: self.progress.warn(f"supernets: the worker of {text}")),
@@ -588,12 +630,15 @@ class _TrainingListener:
         self._show(name, epoch, f"static hypervolume {value:.4f}")
 
     def on_points(self, name: str, points: list[CurvePoint]) -> None:
-        """Record new points of a supernet's loss curves."""
+        """Show new points of a supernet's loss curves."""
         self._begin(name)
-        work = self._sweep.launches[name]
-        work.tracker.curve(points)
         if points:
             self._show(name, points[-1].metrics.get("epoch") or 0.0, "")
+
+    def on_counted(self, name: str, points: list[CurvePoint]) -> None:
+        """Record the points of a supernet's loss curves that count."""
+        self._begin(name)
+        self._sweep.launches[name].tracker.curve(points)
 
     def on_fate(self, fate: MemberFate) -> None:
         """Record the outcome of a supernet's training; a second call for the same one does

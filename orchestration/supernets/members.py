@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dashboards.supernet_names import with_settings
-from dsnet.errors import CheckpointError, ConfigError, DsnetError
-from dsnet.files import read_sealed, understood, write_sealed
+from dsnet.errors import CheckpointError, ConfigError, DsnetError, StorageError
 from orchestration.config.distribution import Distribution
 from orchestration.config.resolve import gate_space, supernet_space
 from orchestration.config.space import supernet_with
@@ -22,6 +21,7 @@ from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.search import refuse_impossible_layout
 from orchestration.prepare.preparation import Images, Prepared, prepare, supernet_record, with_found_structure
 from orchestration.runs.folder import RunDir
+from orchestration.supernets.entries import read_entries
 from search.suggest.drawing import drawn_points
 from search.suggest.samplers import SamplerSettings
 from search.suggest.space import Scalar, Space, parse_space
@@ -31,7 +31,6 @@ KEY_CHARACTERS = 8
 DRAWS_PER_SUPERNET = 50
 """Draws per wanted supernet, and draws in a row without a new supernet, after which the space
 counts as exhausted."""
-_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -64,37 +63,6 @@ class Member:
     def run(self) -> RunDir:
         """Its run folder."""
         return RunDir(Path(self.config.storage.runs), self.name)
-
-
-@dataclass(frozen=True)
-class MemberEntry:
-    """Record of a member in the sweep's folder, readable without loading its data."""
-
-    name: str
-    key: str
-    settings: Mapping[str, Scalar]
-    state: str = "waiting"
-    """waiting | trained | stopped | failed."""
-    reason: str | None = None
-    reports: tuple[tuple[int, float], ...] = ()
-    """(epoch, static hypervolume on `val`), as reported while it trained."""
-    epochs: int = 0
-    """Number of epochs of its whole training."""
-    start_ms: int = 0
-    end_ms: int = 0
-    """Start (`start_ms`) and end of its training, Unix time in ms; 0 if it has not begun or
-    ended."""
-
-    @property
-    def label(self) -> str:
-        """Its name with its settings, where they are short: `s0-3fa29c01 (uniform)`."""
-        return with_settings(self.name, self.settings)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> MemberEntry:
-        """Build it from its JSON."""
-        reports = tuple((int(epoch), float(value)) for epoch, value in data["reports"])
-        return cls(**{**data, "reports": reports})
 
 
 def supernet_part(config: SweepConfig) -> Space:
@@ -172,7 +140,7 @@ def _member(
         prepared = prepare(member_config(config, run, settings), None, warn, images)
         key = supernet_record(prepared).key
         refuse_impossible_layout(prepared.config, prepared.subnets, prepared.image_size)
-    except CheckpointError:
+    except (CheckpointError, StorageError):
         raise  # broken files are not a fault of the settings
     except DsnetError as error:
         return Member("", key, settings, None, str(error))
@@ -218,39 +186,3 @@ def _meant(config: SweepConfig, key: str, value: Scalar) -> Any:
     """The list that a drawn text encodes; other values are returned as they are."""
     lists = [choice for choice in config.space[key].values if isinstance(choice, tuple)]
     return json.loads(str(value)) if any(_text(choice) == value for choice in lists) else value
-
-
-def read_entries(run: RunDir, *, everything: bool = False) -> tuple[MemberEntry, ...]:
-    """The members recorded in the run folder, in order; empty if the run is no sweep of supernets.
-
-    Args:
-        run: the parent.
-        everything: include members of earlier launches with another space.
-    """
-    if not run.supernets_json.is_file():
-        return ()
-    content = read_sealed(run.supernets_json)
-    if content.get("schema") != _SCHEMA:
-        raise CheckpointError(
-            f"{run.supernets_json}: not the members of a sweep of supernets as this release writes them; launch again under another name"
-        )
-    with understood(run.supernets_json):
-        entries = [MemberEntry.from_json(item) for item in content["members"]]
-        if everything:
-            entries += [MemberEntry.from_json(item) for item in content["earlier"]]
-        return tuple(entries)
-
-
-def write_entries(run: RunDir, entries: Sequence[MemberEntry]) -> None:
-    """Record the members; earlier members that are no longer among them are kept in a list of their
-    own."""
-    current = {entry.key for entry in entries}
-    earlier = [entry for entry in read_entries(run, everything=True) if entry.key not in current]
-    content = {
-        "schema": _SCHEMA,
-        "members": [asdict(entry) for entry in entries],
-        "earlier": [asdict(entry) for entry in earlier],
-    }
-    text = json.loads(json.dumps(content, default=list))
-    if not run.supernets_json.is_file() or read_sealed(run.supernets_json) != text:
-        write_sealed(run.supernets_json, text)

@@ -23,11 +23,12 @@ from dsnet.files import atomic_write_text
 from orchestration.config.command_lines import command_line, has_own_code, launch_command
 from orchestration.results.dominated import dominated_warnings
 from orchestration.results.mlflow_store import browsing_commands
-from orchestration.results.report import bundle_commands, capital, headline, note_of_warning, timing_noise
+from orchestration.results.report import bundle_commands, capital, headline, note_of_warning
 from orchestration.results.run import RunResults
 from orchestration.results.structure import training_cost
+from orchestration.results.timing_doubt import timing_noise
 from orchestration.results.training_review import review
-from orchestration.supernets.members import MemberEntry
+from orchestration.supernets.entries import MemberEntry
 from orchestration.supernets.results import SupernetSweepResults
 from search.front.pareto import REFERENCE_MARGIN, hypervolume
 from search.front.points import trial_name

@@ -19,10 +19,10 @@ from orchestration.results.run import RunResults, refuse_unreadable, refuse_unus
 from orchestration.results.stored_config import stored_config
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
-from orchestration.supernets.members import MemberEntry, read_entries
-from search.front.analysis import front_slots, pickable, spread_along_front
+from orchestration.supernets.entries import MemberEntry, read_entries
 from search.front.pareto import apply_pick, parse_pick
 from search.front.points import PointRow, trial_name
+from search.front.selection import front_slots, pickable, spread_along_front
 from search.study.study import TrialRecord
 
 

@@ -14,7 +14,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from orchestration.config.resolve import gate_space
 from orchestration.config.sweep import SweepConfig
 from orchestration.runs.folder import RunDir
-from orchestration.supernets.members import MemberEntry, supernet_part
+from orchestration.supernets.entries import MemberEntry
+from orchestration.supernets.members import supernet_part
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from search.study.merged_study import MergedStudy, MergedTrial
 from search.study.study import Objective, TrialRecord

@@ -13,10 +13,10 @@ from orchestration.results.exported import exported_bundles
 from orchestration.results.mlflow_store import store_uri
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
-from orchestration.runs.curves import CurvePoint
+from orchestration.runs.curves import CurvePoint, counted_points
 from orchestration.runs.folder import RunDir, mlflow_artifact_root
 from orchestration.runs.manifest import Manifest
-from orchestration.supernets.members import MemberEntry
+from orchestration.supernets.entries import MemberEntry
 from orchestration.supernets.report import global_headline, supernets_info, sweep_training_notes
 from orchestration.supernets.results import SupernetSweepResults
 from orchestration.tracking.background import MlflowTracker
@@ -103,6 +103,8 @@ def track_fate(tracker: Tracker, entry: MemberEntry, work: Launch) -> None:
     row = fate_row(entry, work.run, work.manifest, work.config)
     if row is not None:
         _write_supernet(tracker, row, entry)
+        # Also of an earlier launch: the store may be a new one.
+        tracker.curve(counted_points(work.run.curves_jsonl(work.manifest.read()["stages"]["supernet"]["key"])))
 
 
 def _write_supernet(tracker: Tracker, row: TrackedRun, entry: MemberEntry) -> None:
@@ -165,28 +167,30 @@ def row_of(results: Results) -> TrackedRun:
     return replace(row, status="FINISHED" if results.is_verified else "KILLED", end_ms=end_ms)
 
 
-def replay_sweep(results: Results, make: Callable[[], Tracker]) -> list[tuple[Tracker, Status, int]]:
+def replay_sweep(results: Results, make: Callable[[str], Tracker]) -> list[tuple[Tracker, Status, int]]:
     """Write all rows of a sweep of one supernet or of several, as its launch would; arguments and
     result are those of `replay_supernets`."""
     if isinstance(results, SupernetSweepResults):
         return replay_supernets(results, make)
     assert isinstance(results, RunResults)
-    tracker = make()
+    tracker = make("")
     replay(results, tracker)
     return [(tracker, "FINISHED" if results.is_verified else "KILLED", sweep_end_ms(results.manifest))]
 
 
-def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker]) -> list[tuple[Tracker, Status, int]]:
+def replay_supernets(
+    results: SupernetSweepResults, make: Callable[[str], Tracker]
+) -> list[tuple[Tracker, Status, int]]:
     """Write all rows of a sweep of supernets, as its launch would.
 
     Args:
         results: results of the sweep.
-        make: gives a tracker for the sweep, and for each member.
+        make: gives the tracker of a member by its name, and that of the sweep by the empty name.
 
     Returns:
         the trackers, each with the status and the time to close it with; the sweep's own last.
     """
-    run, config, tracker = results.run, results.config, make()
+    run, config, tracker = results.run, results.config, make("")
     parent = sweep_row(results.manifest, run, config)
     tracker.parent(parent)
     tracker.datasets(data_rows(results.manifest))
@@ -197,7 +201,7 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
         member = results.member(entry.name)
         if member is None:
             continue
-        own = make()
+        own = make(entry.name)
         replay(
             member,
             own,

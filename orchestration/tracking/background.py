@@ -14,6 +14,7 @@ from dsnet.wording import first_line
 from orchestration.config.store_uri import shown_uri
 from orchestration.runs.curves import CurvePoint
 from orchestration.tracking.protocol import (
+    LostWriterError,
     RowStore,
     Status,
     TrackedBundle,
@@ -63,6 +64,8 @@ class MlflowTracker:
         self._closed = False
         self._given_up = False
         self._num_failures = 0
+        self._is_writer_lost = False
+        self._last_job: Callable[[], None] | None = None
         self._retry_at = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         if store_uri.startswith("sqlite"):
@@ -132,7 +135,8 @@ class MlflowTracker:
         self._closed = True
         if self._parent is not None and not self._is_attached:
             parent = replace(self._parent, status=status, end_ms=end_ms)
-            self._jobs.put(lambda: self._store.close_sweep(parent))
+            self._last_job = lambda: self._store.close_sweep(parent)
+            self._jobs.put(self._last_job)
         self._jobs.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -151,7 +155,9 @@ class MlflowTracker:
 
     def _drain(self) -> None:
         while (job := self._jobs.get()) is not None and not self._given_up:
-            if time.monotonic() < self._retry_at:
+            # The pause is for stores that do not answer; a new process may write how it ended.
+            is_worth_trying = self._is_writer_lost and job is self._last_job
+            if time.monotonic() < self._retry_at and not is_worth_trying:
                 self._count_unsent("paused after failures", 1)
             else:
                 self._attempt(job)
@@ -163,6 +169,7 @@ class MlflowTracker:
             if self._given_up:
                 return  # counted
             self._num_failures += 1
+            self._is_writer_lost = isinstance(error, LostWriterError)
             if self._num_failures >= FAILURES_BEFORE_PAUSE:
                 self._retry_at = time.monotonic() + PAUSE_S
             self._count_unsent(first_line(error), 1)

@@ -28,7 +28,7 @@ from dsnet.import_path import child_variables
 from dsnet.wording import first_line
 from orchestration.config.store_uri import SQLITE, without_secrets
 from orchestration.runs.curves import CurvePoint
-from orchestration.tracking.protocol import TrackedBundle, TrackedData, TrackedRun
+from orchestration.tracking.protocol import LostWriterError, TrackedBundle, TrackedData, TrackedRun
 from orchestration.tracking.store import MlflowStore
 
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
@@ -115,6 +115,21 @@ class MlflowWriter:
         child.process.wait()
 
     def _call(self, name: str, *arguments: Any) -> None:
+        """Make a call; it is repeated once if the child ends meanwhile, because it may have done a
+        part of it only.
+
+        Raises:
+            LostWriterError: the second child ended too.
+            RuntimeError: the store failed.
+        """
+        for is_last in (False, True):
+            try:
+                return self._attempt(name, *arguments)
+            except LostWriterError:
+                if is_last or self._is_stopped:
+                    raise
+
+    def _attempt(self, name: str, *arguments: Any) -> None:
         child = self._child or self._start()
         try:
             child.connection.send((name, arguments))
@@ -122,7 +137,8 @@ class MlflowWriter:
         except (OSError, EOFError) as lost:
             self._child = None
             child.process.kill()
-            raise RuntimeError(f"the process that writes to MLflow ended with status {child.process.wait()}") from lost
+            status = child.process.wait()
+            raise LostWriterError(f"the process that writes to MLflow ended with status {status}") from lost
         if error is not None:
             raise RuntimeError(without_secrets(error, self._arguments[0]))
 

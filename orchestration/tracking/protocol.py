@@ -10,6 +10,10 @@ from typing import Any, Literal, Protocol
 from orchestration.runs.curves import CurvePoint
 
 
+class LostWriterError(RuntimeError):
+    """The process that writes to the store ended during a call."""
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """One row of MLflow's run table."""

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, percent, router_name, significant
 from dsnet.files import read_stored
+from dsnet.stored.names import FINAL
 from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.structure.stage import BASES
-from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
@@ -24,8 +24,8 @@ from orchestration.results.mlflow_store import store_uri, whole_sweep
 from orchestration.results.report import front_info, headline, training_notes
 from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts, resolved_settings
-from orchestration.runs.curves import CurvePoint, CurveTail
-from orchestration.runs.folder import RunDir, mlflow_artifact_root
+from orchestration.runs.curves import CurvePoint, counted_points
+from orchestration.runs.folder import CURVES, RunDir, mlflow_artifact_root
 from orchestration.runs.stages import canonical_settings
 from orchestration.tracking.background import MlflowTracker
 from orchestration.tracking.note import attach_front
@@ -192,7 +192,7 @@ def write_structure(tracker: Tracker, results: RunResults) -> None:
             row = base_row(results.manifest, results.run, meta.parent.name, training, is_done=is_done)
             tracker.supernet(row)
             if not is_done:
-                tracker.curve(CurveTail(meta.parent / "curves.jsonl").read())
+                tracker.curve(counted_points(meta.parent / CURVES))
     tracker.artifact(folder / TRACE)
     tracker.series(_holdout_curve(folder / TRACE, unix_ms(results.manifest["stages"]["structure"]["started_at"])))
 
@@ -416,7 +416,7 @@ def replay(
     tracker.supersede(current_uids(results))
     write_structure(tracker, results)
     if results.stage_key("supernet") is not None:
-        _replay_supernet(results, tracker)
+        write_supernet(tracker, results)
     if results.is_done("measure"):
         write_subnets(tracker, results)
     if results.records:
@@ -426,9 +426,10 @@ def replay(
     write_bundles(tracker, exported_bundles(run), run.export_dir, results.config.export.register_as)
 
 
-def _replay_supernet(results: RunResults, tracker: Tracker) -> None:
+def write_supernet(tracker: Tracker, results: RunResults) -> None:
+    """Write the row of the supernet's training, with its curves as far as they count."""
     run, manifest, config = results.run, results.manifest, results.config
     tracker.supernet(supernet_row(manifest, run, config, is_done=False))
-    tracker.curve(CurveTail(run.curves_jsonl(results.stage_key("supernet") or "")).read())
+    tracker.curve(counted_points(run.curves_jsonl(results.stage_key("supernet") or "")))
     if results.is_done("supernet"):
         tracker.supernet(supernet_row(manifest, run, config, is_done=True))

@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 
 from dsnet.stop_signals import StopRequest
 from orchestration.workers.cluster_watch import ClusterWatch, current_watch
-from orchestration.workers.runtime import shutdown_hangs
+from orchestration.workers.runtime import is_left_open
 
-STOP_S = 8.0
+STOP_S = 7.0
 """Seconds between a stop request and the end of the process."""
 LOST_S = 20.0
 """Seconds between the loss of the cluster and the end of the process; Ray would end it, without a
@@ -70,7 +70,7 @@ def ended_in_time(request: Callable[[], StopRequest | None], tell: Callable[[str
             asked, now = request(), current_watch()
             cluster = cluster if now is None else now
             # Later stages need no cluster, and may go on where it was lost at the very end.
-            lost = cluster.lost if cluster is not None and (now is not None or shutdown_hangs()) else None
+            lost = cluster.lost if cluster is not None and (now is not None or is_left_open()) else None
             if deadline.is_over(is_stopping=asked is not None and asked(), is_lost=lost is not None):
                 _end(cluster, lambda lost=lost: tell(lost))  # type: ignore[misc]
 
@@ -78,8 +78,15 @@ def ended_in_time(request: Callable[[], StopRequest | None], tell: Callable[[str
     try:
         yield
     finally:
-        if not shutdown_hangs():  # else the interpreter's own end would wait for it
+        if not is_left_open():  # else the interpreter's own end may hang
             is_over.set()
+
+
+def end_if_left_open(code: int) -> int:
+    """End this process at once if Ray could not be shut down; else return the exit code."""
+    if is_left_open():
+        _end(None, lambda: code)
+    return code
 
 
 def _end(cluster: ClusterWatch | None, tell: Callable[[], int]) -> None:

@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dsnet.arithmetic import MKL_MODE, users_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK, child_variables
+from dsnet.wording import first_line
 from orchestration.environment import prepare_environment
 from orchestration.workers.cluster_processes import MARK, kill_marked, new_mark
 from orchestration.workers.cluster_watch import ClusterWatch, watching
 from orchestration.workers.joining import why_not_joined
+from orchestration.workers.ray_folder import facts_for_message, ray_folder, token_variables
+from orchestration.workers.ray_start import started_in_time
 
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
 SHUTDOWN_THREAD = "ray-shutdown"
-SHUTDOWN_S = 4.0
+SIDE_THREAD = "ray-side-"
+"""Beginning of the names of the threads that call Ray beside the main thread."""
+SIDE_THREAD_S = 1.0
+"""Seconds that such a thread may take to end after its work was given up."""
+SHUTDOWN_S = 2.5
 """Seconds that Ray may take to end its processes before they are killed."""
 _ON_THIS_MACHINE = {
     # Seconds between Ray Train's checks for ended workers; the default, 2, is for large clusters.
@@ -53,11 +60,13 @@ class RaySettings:
         num_cpus: CPUs of a local cluster; None = all that this process may use.
         object_store_mib: size of a local cluster's object store in MiB, >= 75. Ray's default is 30
             % of the memory.
+        start_timeout_s: seconds that starting or joining it may take, > 0.
     """
 
     address: str = LOCAL
     num_cpus: int | None = None
     object_store_mib: int = 200
+    start_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.object_store_mib < SMALLEST_OBJECT_STORE_MIB:
@@ -87,17 +96,21 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         yield
         return
     local = {name: os.environ.get(name, value) for name, value in _ON_THIS_MACHINE.items()}
+    local |= token_variables()
     with variables_set(local if settings.address == LOCAL else {}):
-        mark = new_mark() if settings.address == LOCAL else None
-        try:
-            with watching(ClusterWatch(mark=mark)) as watch:
-                with _keeping_signal_handlers(), variables_set({} if mark is None else {MARK: mark}):
-                    _connect(settings)
+        is_local = settings.address == LOCAL
+        mark, store_mib = (new_mark(), settings.object_store_mib) if is_local else (None, None)
+        connect = partial(_connect, settings, mark)
+        with (
+            watching(ClusterWatch(mark=mark)) as watch,
+            started_in_time(connect, settings.start_timeout_s, store_mib),
+        ):
+            try:
                 _print_nothing()
                 watch.observe_session(settings.address)
                 yield
-        finally:
-            _shut_down(mark)
+            finally:
+                _shut_down(mark)
 
 
 @contextmanager
@@ -115,31 +128,17 @@ def variables_set(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextmanager
-def _keeping_signal_handlers() -> Iterator[None]:
-    """Restore the program's signal handlers after the block: with the handler that `ray.init` sets
-    for SIGTERM, a sweep would end at once instead of stopping at its next step."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        if handler is not None:  # one that was not set by Python cannot be set again
-            signal.signal(number, handler)
-
-
-def _connect(settings: RaySettings) -> None:
+def _connect(settings: RaySettings, mark: str | None = None) -> None:
+    """Start or join a cluster; `mark` is that of the processes of one that is started."""
     import ray
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
-    from ray.exceptions import RayError
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if settings.address == LOCAL:
             # The hook of `runtime_env` is this variable; given as an option, it would keep Ray from
             # using the workers that it starts beforehand.
-            with variables_set({**child_variables(), HOOK: WORKER_HOOK}):
+            with variables_set({**child_variables(), HOOK: WORKER_HOOK, **({} if mark is None else {MARK: mark})}):
                 ray.init(
                     address=LOCAL,
                     num_cpus=settings.num_cpus or len(os.sched_getaffinity(0)),
@@ -150,11 +149,12 @@ def _connect(settings: RaySettings) -> None:
         else:
             _check_reachable(settings.address)
             ray.init(address=settings.address, **_environment_of_workers(), **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+    except Exception as error:  # Ray raises plain exceptions too
         if settings.address != LOCAL:
             raise PreflightError(why_not_joined(settings.address, error)) from error
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise PreflightError(f"Ray could not be started on this machine: {first_line}") from error
+        facts = facts_for_message(ray_folder())
+        message = f"Ray could not be started on this machine: {first_line(error).rstrip('.')}; {facts}"
+        raise PreflightError(message) from error
 
 
 def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -184,10 +184,20 @@ def _print_nothing() -> None:
 
 
 def _shut_down(mark: str | None) -> None:
-    """Disconnect from Ray, and end all processes of a cluster that was started here. Ray's own call
-    hangs if its GCS or raylet does; it then goes on in its thread."""
+    """Disconnect from Ray, and end all processes of a cluster that was started here.
+
+    Ray's own call hangs if its GCS or raylet does; it then goes on in its thread. While a side
+    thread uses Ray it is not called at all: Ray would end this process, from C++, with exit code 1.
+    """
     import ray
 
+    if _side_threads():
+        if mark is not None:
+            kill_marked(mark)
+        for side in _side_threads():
+            side.join(SIDE_THREAD_S)
+        if _side_threads():
+            return
     thread = threading.Thread(target=ray.shutdown, name=SHUTDOWN_THREAD, daemon=True)
     thread.start()
     thread.join(SHUTDOWN_S)
@@ -196,6 +206,17 @@ def _shut_down(mark: str | None) -> None:
         thread.join(SHUTDOWN_S)
 
 
-def shutdown_hangs() -> bool:
-    """Whether Ray's shutdown has not returned; an orderly end of this process would wait for it."""
-    return any(thread.name == SHUTDOWN_THREAD for thread in threading.enumerate())
+def side_thread(target: Callable[[], None], name: str) -> threading.Thread:
+    """A thread, not started yet, for a call of Ray that lasts as long as the work; it does not run
+    in the main thread, where Ray would replace our handler of Ctrl-C."""
+    return threading.Thread(target=target, name=f"{SIDE_THREAD}{name}", daemon=True)
+
+
+def _side_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(SIDE_THREAD)]
+
+
+def is_left_open() -> bool:
+    """Whether Ray could not be shut down, because a call of it hangs; the process must then end
+    without the interpreter's own end, which would wait for it."""
+    return bool(_side_threads()) or any(thread.name == SHUTDOWN_THREAD for thread in threading.enumerate())

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import ClusterLostError, DsnetError, PreflightError, StoppedError
+from dsnet.storage_faults import storage_error
 from dsnet.structure.method import Candidate, Score, Widths
 from orchestration.workers.cluster_watch import LONGEST_WAIT_S, check_cluster
 from orchestration.workers.life import Listener, Pulse
@@ -255,6 +256,8 @@ class _Actors:
         try:
             return ray.get(ref)
         except RayTaskError as error:
+            if (fault := storage_error(error)) is not None:
+                raise fault from error
             cause = error.cause
             if isinstance(cause, DsnetError):
                 raise cause from error

@@ -16,16 +16,18 @@ from typing import Any
 from dsnet import errors
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.training_images import TrainingImages
-from dsnet.errors import ClusterLostError, DsnetError, PreflightError, StoppedError
+from dsnet.errors import ClusterLostError, DsnetError, PreflightError, StoppedError, StorageError
 from dsnet.files import read_object
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.supernet import FINAL
+from dsnet.storage_faults import storage_error
+from dsnet.stored.names import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.cluster_watch import check_cluster, lost_sentence
 from orchestration.workers.life import Pulse
 from orchestration.workers.nodes import Need, cluster_nodes, place_kept, refuse_without_room
+from orchestration.workers.runtime import side_thread
 from orchestration.workers.sent_images import receive_images, send_images
 from orchestration.workers.training_watch import StallRules, TrainingWatch
 from orchestration.workers.workplaces import OUTCOME, JobFiles, job_files
@@ -33,7 +35,7 @@ from orchestration.workers.workplaces import OUTCOME, JobFiles, job_files
 MEETING = "ray"
 """Folder of Ray Train in the stage's folder while it runs."""
 POLL_S = 0.3
-STOP_GRACE_S = 5.0
+STOP_GRACE_S = 4.0
 """Seconds that training may take to reach its next step boundary after it was asked to stop."""
 WORKER_RETRIES = 2
 """Number of times that lost workers are replaced; training then continues from the newest
@@ -98,6 +100,7 @@ def train_on_ray(
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
     stalls: StallRules | None = None,
+    on_counted: Callable[[list[CurvePoint]], None] = lambda points: None,
 ) -> Path:
     """Train the supernet on `job.workers` Ray workers; Ray must be initialised.
 
@@ -110,6 +113,8 @@ def train_on_ray(
         on_points: called with new points of the loss curves.
         should_stop: called several times a second; True stops training at the next step.
         stalls: how silent workers are noticed; None = `StallRules()`.
+        on_counted: called with the points that count, each once: those of steps that are not done
+            again.
 
     Returns:
         the stem of the recalibrated checkpoint.
@@ -118,7 +123,7 @@ def train_on_ray(
         StoppedError: it was stopped; the checkpoints stay, and the next launch continues.
         ClusterLostError: the cluster, or the controller of Ray Train, was lost.
         PreflightError: the cluster has too few CPUs or GPUs for the workers.
-        NonFiniteLossError, CheckpointError: as the training loop.
+        NonFiniteLossError, CheckpointError, StorageError: as the training loop.
         DsnetError: the workers failed for another reason.
     """
 
@@ -137,7 +142,7 @@ def train_on_ray(
     failures: list[BaseException] = []
     is_abandoned = threading.Event()
     fit = partial(_fit_alone, is_abandoned=is_abandoned) if job.workers == 1 else _fit_group
-    thread = threading.Thread(target=fit, args=(config, failures), name="ray-train", daemon=True)
+    thread = side_thread(partial(fit, config, failures), "train")
     tail = CurveTail(job.folder / "curves.jsonl")
     watch = TrainingWatch(
         {
@@ -148,29 +153,48 @@ def train_on_ray(
         },
         rules,
     )
+
+    def pass_on() -> bool:
+        """Hand new points on; returns whether there were any."""
+        points = tail.read()
+        on_points(points)
+        on_counted(tail.counted())
+        return bool(points)
+
     thread.start()
     try:
-        _follow(thread, tail, on_points, should_stop, files, watch)
+        _follow(thread, pass_on, should_stop, files, watch)
     finally:
         watch.close()
         is_abandoned.set()
         files.fetch(everything=True)
-        on_points(tail.read())
+        pass_on()
         shutil.rmtree(job.folder / MEETING, ignore_errors=True)
     outcome = job.folder / OUTCOME
     if outcome.exists():
         _raise_outcome(read_object(outcome))
     if should_stop():
         raise StoppedError("training was stopped; its checkpoints are kept")
-    if failures and isinstance(failures[0], DsnetError):
-        raise failures[0]
     if failures:
-        check_cluster()
-        if _is_controller_lost(failures[0]):
-            raise ClusterLostError(lost_sentence("the controller of Ray Train has ended")) from failures[0]
-        workers = "worker" if job.workers == 1 else "workers"
-        raise DsnetError(f"the training {workers} failed: {root_cause(failures[0])}") from failures[0]
+        if isinstance(failures[0], DsnetError):
+            raise failures[0]
+        raise _as_ours(failures[0], job.workers) from failures[0]
     return job.folder / FINAL
+
+
+def _as_ours(failure: BaseException, num_workers: int) -> DsnetError:
+    """The failure of a training, which Ray reports, as an error of ours.
+
+    Raises:
+        ClusterLostError: the cluster was lost.
+    """
+    if (fault := storage_error(failure)) is not None:
+        return fault
+    check_cluster()
+    if _is_controller_lost(failure):
+        return ClusterLostError(lost_sentence("the controller of Ray Train has ended"))
+    workers = "worker" if num_workers == 1 else "workers"
+    return DsnetError(f"the training {workers} failed: {root_cause(failure)}")
 
 
 def send_start(job: SupernetJob) -> Any:
@@ -222,7 +246,7 @@ def _fit_alone(config: dict[str, Any], failures: list[BaseException], is_abandon
             )
             return
         except Exception as error:  # noqa: BLE001 - reported by the main thread, whatever it is
-            if attempt == WORKER_RETRIES or is_abandoned.is_set():
+            if attempt == WORKER_RETRIES or is_abandoned.is_set() or storage_error(error) is not None:
                 failures.append(error)
                 return
         else:
@@ -263,8 +287,7 @@ def _fit_group(config: dict[str, Any], failures: list[BaseException]) -> None:
 
 def _follow(
     thread: threading.Thread,
-    tail: CurveTail,
-    on_points: Callable[[list[CurvePoint]], None],
+    pass_on: Callable[[], bool],
     should_stop: Callable[[], bool],
     files: JobFiles,
     watch: TrainingWatch,
@@ -274,9 +297,7 @@ def _follow(
     while thread.is_alive():
         thread.join(POLL_S)
         files.fetch()
-        points = tail.read()
-        on_points(points)
-        if points:
+        if pass_on():
             watch.took(time.monotonic() - last_s)
             last_s = time.monotonic()
         if not (asked_at is not None or should_stop()):
@@ -317,6 +338,8 @@ def _train_loop(config: Mapping[str, Any]) -> None:
                     workers=workers,
                     callbacks=TrainingCallbacks(should_stop=place.should_stop),
                 )
+        except StorageError:
+            raise  # where it could be recorded, nothing can be written
         except DsnetError as error:
             place.record({"error": type(error).__name__, "message": str(error), "rank": workers.rank})
             if job.workers > 1:

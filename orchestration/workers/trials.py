@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import ClusterLostError, PreflightError, StoppedError
+from dsnet.storage_faults import disk_error
 from dsnet.wording import plural
 from orchestration.workers.cluster_watch import LONGEST_WAIT_S, check_cluster
 from orchestration.workers.life import BEAT_S, Listener, Pulse
@@ -34,6 +35,8 @@ from search.front.points import trial_name
 from search.study.runner import CohortFunction, TrialOutcome, TrialSpec, describe_error, divide, run_batch
 
 if TYPE_CHECKING:  # they import torch, which not every trial function needs
+    from ray.exceptions import RayError
+
     from orchestration.workers.self_check import StartCheck
     from search.gate_check import Finding
 
@@ -46,7 +49,7 @@ object store). Must be picklable: a module-level function, a class, or functools
 START_TIMEOUT_S = 120.0
 MAX_STARTS_LOST = 3
 MAX_STARTS_LATE = 2
-STOP_PATIENCE_S = 3.0
+STOP_PATIENCE_S = 2.0
 """Seconds that trials may go on after a stop request; those that need longer are abandoned."""
 SILENT_BEATS = 3
 """A worker that has missed so many signs of life when its trial has used up its time is to blame,
@@ -237,6 +240,8 @@ class RayRunner:
 
         Raises:
             PreflightError: the cluster has no room for the actors, or they fail to start.
+            StorageError: a disk is full, read-only or failing; the trials that it ended have no
+                outcome.
             StoppedError: a stop was requested, and the running trials need longer.
             ClusterLostError: the cluster was lost.
             Exception: the exception that `make_function` raised in a worker.
@@ -428,21 +433,13 @@ class RayRunner:
     def _finish(self, ref: Any, waiting: deque[_Batch]) -> list[TrialOutcome]:
         """Handle a job that ended, well or not; the result is empty if that decides no trial."""
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import RayError
 
         job = self._jobs[ref]
         try:
             result = ray.get(ref)
-        except RayTaskError as error:  # raised by Python code in a worker that keeps running
-            self._taken(ref)
-            if job.batch is None:
-                ray.kill(job.actor)
-                raise error.cause from error
-            self._idle.append(job.actor)
-            return self._fail(job, job.batch, describe_error(error.cause), waiting)
         except RayError as error:
-            check_cluster()
-            return self._replace_lost(self._taken(ref), error, waiting)
+            return self._handle_error(self._taken(ref), error, waiting)
         self._taken(ref, is_well=True)
         self._idle.append(job.actor)
         if job.batch is None:
@@ -455,6 +452,22 @@ class RayRunner:
             return []
         outcomes: list[TrialOutcome] = result
         return outcomes
+
+    def _handle_error(self, job: _Job, error: RayError, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """Handle a job that raised an exception, or lost its worker."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        if (fault := disk_error(error)) is not None:  # also of Ray's folder and its object store
+            raise fault from error
+        if not isinstance(error, RayTaskError):
+            check_cluster()
+            return self._replace_lost(job, error, waiting)
+        if job.batch is None:  # raised by Python code in a worker that keeps running
+            ray.kill(job.actor)
+            raise error.cause from error
+        self._idle.append(job.actor)
+        return self._fail(job, job.batch, describe_error(error.cause), waiting)
 
     def _fail(self, job: _Job, batch: _Batch, reason: str, waiting: deque[_Batch]) -> list[TrialOutcome]:
         """Handle a call without outcomes: a trial that ran alone has failed; the trials of a batch

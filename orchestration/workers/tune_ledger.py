@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dsnet.errors import CheckpointError
-from dsnet.files import parse_json, sealed, unsealed
+from dsnet.files import append_bytes, parse_json, sealed, unsealed, writing
 
 FateState = Literal["trained", "stopped", "failed"]
 _STATES = ("trained", "stopped", "failed")
@@ -114,18 +113,12 @@ class Ledger:
         """Store an event; it is on the disk when this returns.
 
         Raises:
-            CheckpointError: the disk is full, or the folder cannot be written.
+            StorageError: the disk is full, or the folder cannot be written.
         """
         line = (json.dumps(sealed({"event": type(event).__name__.lower(), **vars(event)})) + "\n").encode()
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                file.truncate(self._num_whole_bytes)  # a kill, or a full disk, may have torn the last line
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}; make room and launch again") from error
+        append_bytes(self.path, line, after=self._num_whole_bytes)  # a kill may have torn the last line
         self._num_whole_bytes += len(line)
         self._events.append(event)
 

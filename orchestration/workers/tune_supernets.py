@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +34,19 @@ from torch import Tensor
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import TrainingImages
-from dsnet.errors import ClusterLostError, ConfigError, DsnetError, NonFiniteLossError, StoppedError
+from dsnet.errors import ClusterLostError, ConfigError, DsnetError, NonFiniteLossError, StoppedError, StorageError
 from dsnet.files import read_stored
+from dsnet.image_size import image_size_of
 from dsnet.measure.evaluate import EVALUATION_BATCH
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.precision import exact_float32
 from dsnet.network.prefix_tree import each_logits
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
+from dsnet.storage_faults import storage_error
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL, TrainingCallbacks, recalibration_batches, train_supernet
+from dsnet.stored.names import FINAL
+from dsnet.training.supernet import TrainingCallbacks, recalibration_batches, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.cluster_watch import check_cluster
@@ -56,7 +60,7 @@ from orchestration.workers.nodes import (
     refuse_without_room,
     room,
 )
-from orchestration.workers.runtime import variables_set
+from orchestration.workers.runtime import side_thread, variables_set
 from orchestration.workers.sent_images import receive_images, send_images
 from orchestration.workers.supernet import (
     POLL_S,
@@ -164,7 +168,7 @@ def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normal
         images, labels = normalization.apply(val.images[rows].to(device)), val.labels[rows].to(device)
         for subnet, logits in each_logits(supernet, images, members):
             num_right[subnet.name] += int((logits.argmax(1) == labels).sum())
-    size = val.images.shape[-1]
+    size = image_size_of(val.images.shape)
     madds = [subnet_cost(supernet.spec, subnet, size).madds for subnet in members]
     points = [(num_right[subnet.name] / len(val.labels), cost) for subnet, cost in zip(members, madds, strict=True)]
     worst = REFERENCE_MARGIN * max(madds)
@@ -194,6 +198,7 @@ class SweepCallbacks:
     on_report: Callable[[str, int, float], None] = lambda name, epoch, value: None
     """Called with (member, epoch, value) for each report of this call."""
     on_points: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
+    on_counted: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
     """Called with (member, new points of its loss curves)."""
     on_fate: Callable[[MemberFate], None] = lambda fate: None
     """Called with a member's outcome as soon as its training has ended in this call."""
@@ -240,6 +245,7 @@ def train_members(
         PreflightError: the cluster has too few CPUs or GPUs.
         ConfigError: the scheduler cannot be made, or several workers were asked for.
         CheckpointError: the ledger cannot be read or written.
+        StorageError: a disk is full, read-only or failing, or a folder is gone.
         DsnetError: Tune itself failed.
     """
     import ray
@@ -314,6 +320,7 @@ class _TuneRun:
         )
         self._tune_folder = ledger.path.parent / "tune"
         self._asked_to_stop = threading.Event()
+        self._fault: StorageError | None = None
         self._pulses = {member.name: Pulse.new(callbacks.stalls.beat_s) for member in pending}
         self.fates: dict[str, MemberFate] = {}
 
@@ -330,7 +337,7 @@ class _TuneRun:
         self._tune_folder.mkdir(parents=True)
         failures: list[BaseException] = []
         # Not in the main thread: there Tune would replace our handler of Ctrl-C by its own.
-        thread = threading.Thread(target=self._tune, args=(scheduler, images, failures), name="ray-tune", daemon=True)
+        thread = side_thread(partial(self._tune, scheduler, images, failures), "tune")
         watch = TrainingWatch(self._pulses, self._callbacks.stalls)
         with variables_set(_ENVIRONMENT):
             thread.start()
@@ -344,11 +351,13 @@ class _TuneRun:
         missing = [name for name in self._pending if name not in self.fates]
         if missing and self._is_stopping():
             raise StoppedError("training of the supernets was stopped; checkpoints and reports are kept")
+        if self._fault is not None:
+            raise self._fault
         if failures:
             check_cluster()
             if isinstance(failures[0], DsnetError):
                 raise failures[0]
-            raise DsnetError(f"Ray Tune failed: {root_cause(failures[0])}") from failures[0]
+            raise _tune_error(failures[0]) from failures[0]
         if missing:
             check_cluster()
             raise DsnetError(f"Ray Tune ended without a result for {', '.join(missing)}; launch again")
@@ -404,7 +413,7 @@ class _TuneRun:
                 search_alg=FixedList(scheduler),
                 scheduler=scheduler,
                 stop=WhenIdle(scheduler),
-                callbacks=[LossWatch(scheduler, _describe_failure)],
+                callbacks=[LossWatch(scheduler, self._describe_failure)],
                 resources_per_trial={"cpu": self._each["CPU"], "gpu": self._each.get("GPU", 0)},
                 storage_path=str(self._tune_folder.absolute()),
                 max_failures=WORKER_RETRIES,
@@ -415,6 +424,13 @@ class _TuneRun:
             )
         except Exception as error:  # noqa: BLE001 - reported by the caller's thread, whatever it is
             failures.append(error)
+
+    def _describe_failure(self, trial: Any) -> str:
+        error = trial.get_pickled_error() or trial.get_error()
+        if error is not None and self._fault is None:
+            self._fault = storage_error(error)
+        why = f": {root_cause(error)}" if error is not None else ""
+        return f"its worker failed {WORKER_RETRIES + 1} times{why}"
 
     def _follow(self, thread: threading.Thread, scheduler: Any, look: Callable[[], None]) -> None:
         asked_at: float | None = None
@@ -444,6 +460,9 @@ class _TuneRun:
             points = tail.read()
             if points:
                 self._callbacks.on_points(name, points)
+            counted = tail.counted()
+            if counted:
+                self._callbacks.on_counted(name, counted)
         while not self._heard.empty():
             name, event = self._heard.get()
             if isinstance(event, Report):
@@ -452,6 +471,13 @@ class _TuneRun:
                 reports = self._ledger.reports(event.key)
                 self.fates[name] = MemberFate(name, event.state, reports, event.reason)
                 self._callbacks.on_fate(self.fates[name])
+
+
+def _tune_error(failure: BaseException) -> DsnetError:
+    """The failure of Ray Tune itself as an error of ours."""
+    if (fault := storage_error(failure)) is not None:
+        return fault
+    return DsnetError(f"Ray Tune failed: {root_cause(failure)}")
 
 
 class _PlaceWatch:
@@ -481,12 +507,6 @@ class _PlaceWatch:
         for since_s, patience_s in ((self._had_place_s, PLACE_TIMEOUT_S), (self._was_busy_s, IDLE_TIMEOUT_S)):
             if now_s - since_s > patience_s:
                 raise ClusterLostError(no_place(self._each, "the training of supernets", patience_s))
-
-
-def _describe_failure(trial: Any) -> str:
-    error = trial.get_pickled_error() or trial.get_error()
-    why = f": {root_cause(error)}" if error is not None else ""
-    return f"its worker failed {WORKER_RETRIES + 1} times{why}"
 
 
 def _outcome_of(job: SupernetJob) -> Outcome | None:
@@ -544,7 +564,9 @@ def _train_member(
             told = work.told()
             with pulses[name].beating(at_once=True):
                 _train_and_report(work, place, images, told, report_every)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other members continue
+        except Exception as error:  # whatever it is, the other members continue
+            if (fault := storage_error(error)) is not None:
+                raise fault from error  # nothing could be recorded, and the other members meet it too
             message = str(error) if isinstance(error, DsnetError) else root_cause(error)
             place.record({"error": type(error).__name__, "message": message, "is_lasting": isinstance(error, _LASTING)})
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsnet.routers.cascade import CascadeRouter
+if TYPE_CHECKING:
+    from dsnet.routers.cascade import CascadeRouter  # it needs torch
 
 Floats = NDArray[np.float64]
 
@@ -228,6 +229,8 @@ class _Choice(NamedTuple):
 
 def _report(budget: float, choice: _Choice, scores: RouteScores, madds: Floats, trunk_madds: float) -> CascadePoint:
     first, second, cut = choice
+    from dsnet.routers.cascade import CascadeRouter
+
     correct, spent, escalated = run_cascade(CascadeRouter(first, second, cut.threshold), scores, madds, trunk_madds)
     return CascadePoint(
         budget=budget,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dsnet.measure.latency import PUBLISHED, LatencySamples, LatencyTable
+from dsnet.measure.latency import LatencySamples
+from dsnet.measure.latency_table import PUBLISHED, LatencyTable
 from search.front.pareto import Goal, front_mask
 from search.front.statistics import bootstrap_interval
 

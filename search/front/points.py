@@ -11,41 +11,32 @@ parameters. Accuracies are fractions, `*_m` are in millions, and latencies in mi
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
-from dsnet.errors import DataError
 from dsnet.metrics import added_metrics
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PointRow = dict[str, Any]
 
-_TYPES: dict[str, pa.DataType] = {
-    "kind": pa.string(),
-    "name": pa.string(),
-    "split": pa.string(),
-    "top1": pa.float64(),
-    "top5": pa.float64(),
-    "madds_m": pa.float64(),
-    "p95_madds_m": pa.float64(),
-    "params_m": pa.float64(),
-    "latency_ms": pa.float64(),
-    "slot": pa.int64(),
-    "is_front": pa.bool_(),
-    "is_feasible": pa.bool_(),
-    "supernet": pa.string(),
-}
-POINT_COLUMNS: tuple[str, ...] = tuple(_TYPES)
+POINT_COLUMNS: tuple[str, ...] = (
+    "kind",
+    "name",
+    "split",
+    "top1",
+    "top5",
+    "madds_m",
+    "p95_madds_m",
+    "params_m",
+    "latency_ms",
+    "slot",
+    "is_front",
+    "is_feasible",
+    "supernet",
+)
 PARAM_PREFIX = "param."
 METRIC_PREFIX = "metric."
 """Prefix of the columns of metrics that plugins add, so that a file with them can be read without
@@ -57,7 +48,6 @@ SPLITS = ("val", "test")
 _REQUIRED = ("kind", "name", "split", "top1", "madds_m")
 _ACCURACIES = ("top1", "top5")
 _AMOUNTS = ("madds_m", "p95_madds_m", "params_m", "latency_ms")
-_SCHEMA_KEY, _SCHEMA_VERSION = b"dsnet.points", b"2"
 
 
 def trial_name(slot: int) -> str:
@@ -215,7 +205,7 @@ def _column_problem(row: Mapping[str, Any]) -> str | None:
     if not (origin is None or isinstance(origin, str)):
         return f"`supernet` is {origin!r}, but must be a name or nothing"
     for column, value in row.items():
-        if column in _TYPES or _is_number(column):
+        if column in POINT_COLUMNS or _is_number(column):
             continue
         if not column.startswith(PARAM_PREFIX):
             return f"the column `{column}` is unknown; known: {', '.join(POINT_COLUMNS)}, {LATENCY}_batchN, {LATENCY}.NAME, {PARAM_PREFIX}*"
@@ -250,84 +240,3 @@ def _gate_problem(row: Mapping[str, Any]) -> str | None:
         if not isinstance(flag, bool):
             return f"`{column}` is {flag!r}, but must be true or false"
     return "an infeasible trial cannot be on the front" if flags["is_front"] and not flags["is_feasible"] else None
-
-
-def points_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows as a DataFrame: `POINT_COLUMNS`, then further latencies and parameters sorted by name.
-
-    `slot`, the flags and whole-number parameters keep their type beside missing values (pandas'
-    nullable types).
-    """
-    import pandas as pd
-
-    nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
-    return _arrow_table(rows).to_pandas(types_mapper=nullable.get)
-
-
-def save_points(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as Parquet; the file is replaced as a whole or not at all.
-
-    Raises:
-        ValueError: a row does not follow the schema; nothing is written.
-    """
-    validate_points(rows)
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    table = _arrow_table(rows).replace_schema_metadata({_SCHEMA_KEY: _SCHEMA_VERSION})
-    try:
-        with partial.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_points(path: str | Path) -> list[PointRow]:
-    """Read rows back, exactly as they were saved.
-
-    Raises:
-        DataError: the file is missing, damaged, of another version or breaks the schema.
-    """
-    try:
-        with pq.ParquetFile(path) as file:  # unlike read_table it takes no columns from a folder called "a=b"
-            table = file.read()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such points file; run the search stage first") from error
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable points file ({error}); delete it and launch again") from error
-    version = (table.schema.metadata or {}).get(_SCHEMA_KEY)
-    if version != _SCHEMA_VERSION:
-        found = "none" if version is None else version.decode(errors="replace")
-        raise DataError(
-            f"{path}: points schema version {found}, but this release reads {_SCHEMA_VERSION.decode()}; "
-            "`dsnet-orch report RUN` writes the file again"
-        )
-    rows = [
-        {column: value for column, value in row.items() if column in _TYPES or value is not None}
-        for row in table.to_pylist()
-    ]
-    try:
-        validate_points(rows)
-    except ValueError as error:
-        raise DataError(f"{path}: {error} Delete the file and launch again") from error
-    return rows
-
-
-def _arrow_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    arrays = {column: pa.array([row.get(column) for row in rows], type=type_) for column, type_ in _TYPES.items()}
-    for column in sorted({column for row in rows for column in row if column not in _TYPES}):
-        arrays[column] = _param_array([row.get(column) for row in rows])
-    return pa.table(arrays)
-
-
-def _param_array(values: list[Any]) -> pa.Array:
-    """Column of a parameter in the one type that fits all its values; text if a choice mixes
-    types."""
-    types = {type(value) for value in values if value is not None}
-    if types == {int, float}:
-        return pa.array([None if value is None else float(value) for value in values], type=pa.float64())
-    if len(types) > 1:
-        return pa.array([None if value is None else str(value) for value in values], type=pa.string())
-    return pa.array(values)

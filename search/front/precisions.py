@@ -16,8 +16,9 @@ from jaxtyping import Bool, Int64
 
 from dsnet.gates.fit import score_run
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import TableRun
-from search.front.analysis import NUM_RESAMPLES, Interval, interval_at
+from dsnet.routing.table_run import TableRun
+from search.front.analysis import NUM_RESAMPLES, interval_at
+from search.front.analysis_records import Interval
 from search.front.controls import StaticLine, random_routing
 from search.front.statistics import (
     bootstrap_interval,

@@ -13,6 +13,7 @@ two sweeps differ.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import deque
@@ -33,6 +34,7 @@ from search.study.runner import PROGRESS, Runner, State, TrialOutcome, TrialSpec
 from search.study.stopping import StopRules
 from search.study.study import (
     RungRecord,
+    SharedDistributions,
     StudyJournal,
     StudySettings,
     Suggestion,
@@ -573,7 +575,8 @@ class Mirror:
         with quiet_optuna():
             directions = [objective.goal for objective in settings.objectives]
             self._study = optuna.create_study(storage=InMemoryStorage(), directions=directions)
-            self._study.add_trials(history[: self.num_told])
+            self._study.add_trials([_bare(trial) for trial in history[: self.num_told]])
+        SharedDistributions().share(self._study.get_trials(deepcopy=False))
 
     def next_end(self, num_trials: int) -> int:
         """The slot after the last one of the next cohort, for a sweep of `num_trials` slots."""
@@ -628,6 +631,14 @@ class Mirror:
         with quiet_optuna():
             self._study.tell(trial, values=record.values, state=optuna_state(record.state))
         self.num_told += 1
+
+
+def _bare(trial: FrozenTrial) -> FrozenTrial:
+    """A trial as samplers see it, without our own notes, which would take kilobytes; trials that
+    are told have none either."""
+    bare = copy.copy(trial)
+    bare.user_attrs = {}
+    return bare
 
 
 def _reached(stages: Mapping[int, RungRecord]) -> dict[int, RungRecord]:

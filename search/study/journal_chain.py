@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsnet.errors import CheckpointError
-from dsnet.files import atomic_write_bytes, damaged_name, known_sha256, replacing
+from dsnet.files import append_bytes, atomic_write_bytes, damaged_name, known_sha256, reading, replacing
 
 CREATE_TRIAL = 4
 """Optuna's number of the operation that adds a trial, `op_code` in a line of a journal."""
@@ -56,41 +55,49 @@ def journal_state(journal: Path) -> JournalState:
     Raises:
         CheckpointError: a file cannot be read.
     """
+    return _compared(journal)[0]
+
+
+def _compared(journal: Path) -> tuple[JournalState, list[bytes]]:
+    """A journal compared with its chain, and its complete lines."""
     before = _entries(chain_path(journal))
     lines = _whole_lines(_content(journal))
     entries = _entries(chain_path(journal))  # again: the writer may have gone on in between
     if before is None and entries is None:
         lost = _is_marked(lines) and _num_trials(lines) > 0
         damage = f"cannot be checked, because {chain_path(journal).name} is missing" if lost else None
-        return JournalState(len(lines), 0 if lost else len(lines), len(lines), damage)
+        return JournalState(len(lines), 0 if lost else len(lines), len(lines), damage), lines
     recorded, known = len(before or ()), entries or []
     hashes = running_hashes(lines)
     pairs = list(zip(hashes, known, strict=False))
     proven = next((number for number in range(len(pairs), 0, -1) if pairs[number - 1][0] == pairs[number - 1][1]), 0)
     state = JournalState(len(lines), proven, len(known))
     if len(lines) < recorded:
-        return _damaged(state, f"has {len(lines)} of the {recorded} records that were written")
+        return _damaged(state, f"has {len(lines)} of the {recorded} records that were written"), lines
     if proven < len(pairs):
-        return _damaged(state, f"is not as it was written from record {proven + 1} on")
+        return _damaged(state, f"is not as it was written from record {proven + 1} on"), lines
     # Other programs, such as optuna-dashboard, may add notes; a kill leaves at most one trial.
     if _num_trials(lines[len(known) :]) > 1:
-        return _damaged(state, f"has more records than the {len(known)} that {chain_path(journal).name} lists")
-    return JournalState(len(lines), len(lines), len(known))
+        damage = f"has more records than the {len(known)} that {chain_path(journal).name} lists"
+        return _damaged(state, damage), lines
+    return JournalState(len(lines), len(lines), len(known)), lines
 
 
-def check_journal(journal: Path) -> None:
-    """Compare a journal with its chain.
+def checked_lines(journal: Path) -> list[bytes]:
+    """The complete lines of a journal, with their newlines, once they were compared with its chain;
+    empty if there is no journal.
 
     Raises:
         CheckpointError: records are missing or were changed; the message names the file.
     """
-    state = journal_state(journal)
+    state, lines = _compared(journal)
     if state.damage is not None:
         raise CheckpointError(
             f"{journal} {state.damage}: it is damaged or was edited. Restore it and {chain_path(journal).name} from a copy; or "
             f"launch the sweep again, which keeps it as {journal.name}.damaged-1, continues from the {state.num_proven} records "
             "that are as they were written, and runs the other trials again."
         )
+    return lines
 
 
 def mend_journal(journal: Path, sha256: str | None = None) -> tuple[str, bool] | None:
@@ -157,18 +164,15 @@ class ChainWriter:
         returns.
 
         Raises:
-            OSError: it cannot be written.
+            StorageError: it cannot be written.
         """
-        with open(self._journal, "rb") as file:
+        with reading(self._journal), open(self._journal, "rb") as file:
             file.seek(self._offset)
             lines = _whole_lines(file.read())
         if not lines:
             return
         hashes = running_hashes(lines, self._last)
-        with open(chain_path(self._journal), "ab") as file:
-            file.write(_chain_text(hashes, self._num_lines))
-            file.flush()
-            os.fsync(file.fileno())
+        append_bytes(chain_path(self._journal), _chain_text(hashes, self._num_lines))
         self._num_lines += len(lines)
         self._last = hashes[-1]
         self._offset += sum(map(len, lines))
@@ -193,12 +197,10 @@ def _damaged(state: JournalState, damage: str) -> JournalState:
 
 
 def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return b""
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    with reading(path):
+        return path.read_bytes()
 
 
 def _whole_lines(content: bytes) -> list[bytes]:

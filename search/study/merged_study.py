@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dsnet.errors import PreflightError
+from dsnet.files import writing
 from search.study.journal_chain import ChainWriter, chain_path, journal_state
 from search.study.runner import State
 from search.study.study import Objective, repair_journal
@@ -95,9 +95,9 @@ class MergedStudy:
             distributions: distribution of every parameter that a trial may have.
 
         Raises:
-            PreflightError: it cannot be written.
+            StorageError: it cannot be written.
         """
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if journal_state(path).damage is not None:  # all of it is derived again
                 path.unlink(missing_ok=True)
@@ -110,23 +110,19 @@ class MergedStudy:
                 path.unlink(missing_ok=True)
                 chain_path(path).unlink(missing_ok=True)
                 study = _created(path, name, objectives, identity)
-        except OSError as error:
-            raise _unwritable(path, error) from error
         return cls(path, distributions, study)
 
     def add(self, trial: MergedTrial) -> bool:
         """Write a trial as one record unless the study has it; returns whether it was written.
 
         Raises:
-            PreflightError: it cannot be written.
+            StorageError: it cannot be written.
         """
         if trial.origin in self._known:
             return False
-        try:
+        with writing(self._path):
             self._study.add_trial(_frozen(trial, self._distributions))
             self._chain.catch_up()
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
         self.origins.append(trial.origin)
         self._known.add(trial.origin)
         return True
@@ -183,9 +179,3 @@ def _frozen(trial: MergedTrial, distributions: Mapping[str, BaseDistribution]) -
     frozen.datetime_start = datetime.fromtimestamp(trial.start_ms / 1000)
     frozen.datetime_complete = datetime.fromtimestamp(max(trial.start_ms, trial.finished_ms) / 1000)
     return frozen
-
-
-def _unwritable(path: Path, error: OSError) -> PreflightError:
-    return PreflightError(
-        f"cannot write {path}: {error.strerror or error}. Correct that and launch again: nothing is lost"
-    )

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
+from dsnet.storage_faults import disk_error
 from search.suggest.space import Scalar
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,9 @@ def run_batch(function: CohortFunction, specs: Sequence[TrialSpec]) -> list[Tria
         One outcome per spec; None if a batch of several trials failed as a whole, so that its
         trials should be run one by one. A single trial gets a failed outcome instead.
         KeyboardInterrupt is not caught.
+
+    Raises:
+        StorageError: The disk is full, read-only or failing.
     """
     start = time.perf_counter()
     try:
@@ -194,6 +198,7 @@ def run_batch(function: CohortFunction, specs: Sequence[TrialSpec]) -> list[Tria
         if answered != sorted(spec.slot for spec in specs):
             raise RuntimeError(f"trials of slots {[spec.slot for spec in specs]} gave outcomes for slots {answered}")
     except Exception as error:  # an error in trials must not end the sweep
+        _raise_disk_error(error)
         logger.debug("a batch of %d trials failed", len(specs), exc_info=True)
         if len(specs) > 1:
             return None
@@ -209,9 +214,18 @@ def outcome_from(function: TrialFunction, spec: TrialSpec) -> TrialOutcome:
         metrics, arrays = function(spec)
         metrics = {name: float(value) for name, value in metrics.items()}
     except Exception as error:  # an error in a trial must not end the sweep
+        _raise_disk_error(error)
         logger.debug("trial of slot %d failed", spec.slot, exc_info=True)
         return TrialOutcome.failed(spec.slot, describe_error(error), time.perf_counter() - start)
     return TrialOutcome(spec.slot, "complete", metrics, None, arrays, time.perf_counter() - start)
+
+
+def _raise_disk_error(error: Exception) -> None:
+    """Raise a StorageError if a full, read-only or failing disk ended a trial: that is no result of
+    the trial, and would be recorded for ever."""
+    fault = disk_error(error)
+    if fault is not None:
+        raise fault from error
 
 
 def describe_error(error: BaseException) -> str:

@@ -24,9 +24,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, NotFoundError
+from dsnet.files import writing
 from search.study.halving import ParetoHalving
-from search.study.journal_chain import MARK, ChainWriter, chain_path, check_journal
+from search.study.journal_chain import MARK, ChainWriter, chain_path, checked_lines
+from search.study.journal_reader import JournalTrial, read_lines
 from search.study.runner import State
 from search.suggest.samplers import SamplerSettings, check_sampler, quiet_optuna
 from search.suggest.space import Scalar, Space, check_point, parse_space
@@ -196,9 +198,14 @@ class StudyJournal:
         self.settings = settings
         self._path = path
         self._study = study
-        noted = study.user_attrs.get(_ENQUEUED_ATTR, {})
+        # Optuna copies all attributes at every access.
+        attrs = study.user_attrs
+        noted = attrs.get(_ENQUEUED_ATTR, {})
         self._enqueued: dict[int, dict[str, Scalar]] = {int(slot): point for slot, point in noted.items()}
+        self._stages = {name: _stages_in(stages) for name, stages in attrs.items() if name.startswith(f"{_RUNG_ATTR}:")}
         self._chain = ChainWriter(path)
+        self._shared = SharedDistributions()
+        self._num_trials = len(self.trials())
 
     @classmethod
     def open(cls, path: Path, settings: StudySettings) -> StudyJournal:
@@ -211,10 +218,10 @@ class StudyJournal:
             ConfigError: the existing study was made with other settings.
             CheckpointError: the file is not a journal of ours, or records of it are missing or were
                 changed.
-            PreflightError: it cannot be written.
+            StorageError: it cannot be written.
         """
-        check_journal(path)
-        with _writing(path):
+        checked_lines(path)
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             repair_journal(path)
             with _reading(path):
@@ -227,21 +234,23 @@ class StudyJournal:
     def trials(self) -> list[FrozenTrial]:
         """All finished trials as Optuna's objects, in the order of their numbers; not copies, and
         not to be changed."""
-        return self._study.get_trials(deepcopy=False)
+        trials = self._study.get_trials(deepcopy=False)
+        self._shared.share(trials)
+        return trials
 
     def records(self) -> list[TrialRecord]:
         """All finished trials in slot order."""
-        return _by_slot(self.trials(), self._study.user_attrs)
+        return _by_slot(list(map(record_of, self.trials())), self._study.user_attrs)
 
     def append(self, suggestion: Suggestion, record: TrialRecord) -> None:
         """Write a finished trial as one record; it is on disk when this returns.
 
         Raises:
             ValueError: the record's number or slot is not the next one.
-            PreflightError: it cannot be written; nothing of the trial is kept, and the next `open`
+            StorageError: it cannot be written; nothing of the trial is kept, and the next `open`
                 repairs the file.
         """
-        number = len(self.trials())
+        number = self._num_trials
         if record.number != number:
             raise ValueError(
                 f"slot {record.slot} was to be trial number {record.number}, but the next number is {number}"
@@ -252,6 +261,7 @@ class StudyJournal:
             )
         with self._recording():
             self._study.add_trial(_frozen(suggestion, record))
+        self._num_trials += 1
 
     @property
     def enqueued(self) -> dict[int, dict[str, Scalar]]:
@@ -268,14 +278,14 @@ class StudyJournal:
     def stage(self, first_slot: int, rung: int) -> dict[int, RungRecord]:
         """Known results, by slot, of the trials of one cohort at a rung; the cohort is given by its
         first slot."""
-        noted = self._study.user_attrs.get(f"{_RUNG_ATTR}:{first_slot}:{rung}", {})
-        return {int(slot): RungRecord(**item) for slot, item in noted.items()}
+        return dict(self._stages.get(_rung_attr(first_slot, rung), {}))
 
     def note_stage(self, first_slot: int, rung: int, stages: Mapping[int, RungRecord]) -> None:
         """Store the results of a cohort's trials at a rung; they are on disk when this returns."""
         noted = {str(slot): asdict(stage) for slot, stage in stages.items()}
         with self._recording():
-            self._study.set_user_attr(f"{_RUNG_ATTR}:{first_slot}:{rung}", noted)
+            self._study.set_user_attr(_rung_attr(first_slot, rung), noted)
+        self._stages[_rung_attr(first_slot, rung)] = dict(stages)
 
     def note_arrays(self, slot: int, sha256: str) -> None:
         """Store the SHA-256 of arrays of a recorded trial that were made again with other bits."""
@@ -286,9 +296,34 @@ class StudyJournal:
     @contextmanager
     def _recording(self) -> Iterator[None]:
         """Context manager for writing a record of the journal and, at its end, of the chain."""
-        with _writing(self._path):
+        with writing(self._path):
             yield
             self._chain.catch_up()
+
+
+def _rung_attr(first_slot: int, rung: int) -> str:
+    """The attribute with the results of a cohort at a rung."""
+    return f"{_RUNG_ATTR}:{first_slot}:{rung}"
+
+
+def _stages_in(noted: Mapping[str, Any]) -> dict[int, RungRecord]:
+    return {int(slot): RungRecord(**item) for slot, item in noted.items()}
+
+
+class SharedDistributions:
+    """Lets the trials of a study share equal distributions, of which Optuna makes new ones for
+    every trial that it reads: several kilobytes each."""
+
+    def __init__(self) -> None:
+        self._num_shared = 0
+        self._known: dict[tuple[tuple[str, BaseDistribution], ...], dict[str, BaseDistribution]] = {}
+
+    def share(self, trials: Sequence[FrozenTrial]) -> None:
+        """Replace the distributions of the trials that have come since the last call."""
+        for trial in trials[self._num_shared :]:
+            own = trial.distributions
+            trial.distributions = self._known.setdefault(tuple(own.items()), own)
+        self._num_shared = len(trials)
 
 
 def load_records(path: Path) -> list[TrialRecord]:
@@ -301,9 +336,16 @@ def load_records(path: Path) -> list[TrialRecord]:
         CheckpointError: the file is not a journal of ours, or records of it are missing or were
             changed.
     """
-    check_journal(path)
+    lines = checked_lines(path)
     if not path.is_file():
         raise NotFoundError(f"no study at {path}: the search has not begun; launch the sweep first")
+    content = read_lines(lines)
+    if content is not None:
+        if content.trials and _IDENTITY_ATTR not in content.user_attrs:
+            raise _foreign(path)
+        with _reading(path):
+            records = [_record(number, trial) for number, trial in enumerate(content.trials)]
+            return _by_slot(records, content.user_attrs)
     with _reading(path):
         storage = JournalStorage(JournalFileBackend(str(path)))
     studies = storage.get_all_studies()
@@ -313,7 +355,7 @@ def load_records(path: Path) -> list[TrialRecord]:
     if trials and _IDENTITY_ATTR not in studies[0].user_attrs:
         raise _foreign(path)
     with _reading(path):
-        return _by_slot(trials, studies[0].user_attrs)
+        return _by_slot(list(map(record_of, trials)), studies[0].user_attrs)
 
 
 def has_study(path: Path) -> bool:
@@ -328,17 +370,19 @@ def load_enqueued(path: Path) -> dict[int, dict[str, Scalar]]:
     Raises:
         CheckpointError: the file is not a journal, or records of it are missing or were changed.
     """
-    check_journal(path)
-    with _reading(path):
-        storage = JournalStorage(JournalFileBackend(str(path)))
-    studies = storage.get_all_studies()
-    noted = studies[0].user_attrs.get(_ENQUEUED_ATTR, {}) if studies else {}
+    content = read_lines(checked_lines(path))
+    if content is not None:
+        noted = content.user_attrs.get(_ENQUEUED_ATTR, {})
+    else:
+        with _reading(path):
+            storage = JournalStorage(JournalFileBackend(str(path)))
+        studies = storage.get_all_studies()
+        noted = studies[0].user_attrs.get(_ENQUEUED_ATTR, {}) if studies else {}
     return {int(slot): point for slot, point in noted.items()}
 
 
-def _by_slot(trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]) -> list[TrialRecord]:
+def _by_slot(records: Sequence[TrialRecord], attrs: Mapping[str, Any]) -> list[TrialRecord]:
     noted = {int(slot): str(sha256) for slot, sha256 in attrs.get(_ARRAYS_ATTR, {}).items()}
-    records = [record_of(trial) for trial in trials]
     again = [replace(each, arrays_sha256=noted[each.slot]) if each.slot in noted else each for each in records]
     return sorted(again, key=lambda record: record.slot)
 
@@ -368,18 +412,27 @@ def repair_journal(path: Path) -> int:
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
     """Convert a finished trial of ours from Optuna's form."""
+    finished_ms = 0 if trial.datetime_complete is None else round(1000 * trial.datetime_complete.timestamp())
+    values = None if trial.values is None else tuple(trial.values)
+    plain = JournalTrial(
+        trial.state.value, values, trial.params, trial.user_attrs, trial.constraints, finished_ms=finished_ms
+    )
+    return _record(trial.number, plain)
+
+
+def _record(number: int, trial: JournalTrial) -> TrialRecord:
     attrs = trial.user_attrs
     return TrialRecord(
         slot=attrs["slot"],
-        number=trial.number,
-        state=_STATES[trial.state],
+        number=number,
+        state=_STATES[TrialState(trial.state)],
         params=trial.params,
-        values=None if trial.values is None else tuple(trial.values),
+        values=trial.values,
         metrics=attrs["metrics"],
         reason=attrs["reason"],
         duration_s=attrs["duration_s"],
         constraints=trial.constraints,
-        finished_ms=0 if trial.datetime_complete is None else round(1000 * trial.datetime_complete.timestamp()),
+        finished_ms=trial.finished_ms,
         rungs={int(rung): tuple(values) for rung, values in attrs.get("rungs", {}).items()},
         arrays_sha256=attrs.get("arrays_sha256"),
     )
@@ -503,16 +556,4 @@ def _reading(path: Path) -> Iterator[None]:
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not a readable Optuna journal ({error}); restore it, or move it away to start anew"
-        ) from error
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Context manager that turns an OSError into a PreflightError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PreflightError(
-            f"cannot write {path}: {reason}. Correct that and launch again: finished trials are kept"
         ) from error

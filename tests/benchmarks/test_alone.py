@@ -101,15 +101,18 @@ def test_the_shared_forward_costs_what_its_segments_cost_when_each_runs_once(fam
 def _pooling(spec: Any, subnet: Any, with_trunk: bool) -> int:
     """Poolings, which torch does not count: those after the gate, and those before it once."""
     total = 0
-    sizes = {"image": spec.image_size}
+    sizes = {"image": (spec.image_size, spec.image_size)}
     for op in spec.ops:
-        size = sizes[op.reads]
+        height, width = sizes[op.reads]
         if op.window is not None:
-            sizes[op.name] = op.window.output_size((size, size))[0]
+            sizes[op.name] = op.window.output_size((height, width))
+        elif op.kind == "tokens":
+            sizes[op.name] = (height * width + 1, 1)
         else:
-            sizes[op.name] = 1 if op.kind in ("pool", "linear") else -(-size // op.stride)
+            strided = (-(-height // op.stride), -(-width // op.stride))
+            sizes[op.name] = (1, 1) if op.kind in ("pool", "linear") else strided
         if op.kind in ("attention", "pool", "maxpool") and (op.segment > 0 or with_trunk):
-            total += op.input_width(spec, subnet.widths) * size**2
+            total += op.input_width(spec, subnet.widths) * height * width
     return total
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsnet.families import family_names, layout, rebuild
+from dsnet.image_size import ImageSize
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
 from dsnet.space.entry_gate import with_entry_gate
@@ -24,8 +25,14 @@ from dsnet.zoo import ZOO
 from tests.dsnet.samples import SMALL_OPTIONS, shaken, task
 
 FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "ds_mbnet": {"own widths": {"width": 0.25, "gated_widths": [[37, 50], [41, 90]]}},
-    "ds_tiny": {"own widths": {"gated_widths": [[7, 11, 30], [5, 6, 64]]}},
+    "ds_mbnet": {
+        "own widths": {"width": 0.25, "gated_widths": [[37, 50], [41, 90]]},
+        "kernels": {"width": 0.25, "num_routes": 2, "kernels": [3, 5], "combine": "all"},
+    },
+    "ds_tiny": {
+        "own widths": {"gated_widths": [[7, 11, 30], [5, 6, 64]]},
+        "kernels": {"num_routes": 3, "kernels": [1, 3, 5]},
+    },
     "ds_resnet": {
         "padded": {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0], "streams": "padded"},
         "bottleneck": {
@@ -36,6 +43,28 @@ FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
         "plain": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "projection": "needed", "attention": False},
         "all paths": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all", "stem": "large"},
+    },
+    "ds_vit": {
+        "all paths": {
+            "patch": 4,
+            "dim": 16,
+            "heads": 4,
+            "depth": 5,
+            "gates": [1, 3],
+            "ratios": [0.5, 1.0],
+            "paths": "all",
+        },
+        "narrow trunk": {
+            "patch": 4,
+            "dim": 24,
+            "heads": 2,
+            "depth": 3,
+            "gates": [1],
+            "ratios": [0.5, 1.0],
+            "trunk": 0.5,
+            "slices": ["embed", "mlp"],
+            "route_embed": [5, 17],
+        },
     },
     "tests.dsnet.nets:Residual": {
         "inner gate": {"step": 2, "gates": ["pool"]},
@@ -53,6 +82,14 @@ NEXT = "tests.dsnet.nets:ConvNext"
 
 FAMILIES = (*HAND_WRITTEN, TRACED[0])
 """Families where one traced network stands for all."""
+TRANSFORMER = "ds_vit"
+"""A family without BatchNorm, whose networks have positions for images of one size."""
+BANKED_FAMILIES = tuple(family for family in FAMILIES if family != TRANSFORMER)
+"""The families whose networks have BatchNorm."""
+
+
+OBLONG = (13, 18)
+"""Height and width of images that are no squares."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +109,23 @@ class Case:
     def __str__(self) -> str:
         return f"{self.family}-{self.name}"
 
-    def subnets(self, num_classes: int = 10, image_size: int = 16) -> SubnetSet:
+    def runs_at(self, size: Any, built_for: Any = 16) -> Any:
+        """`size`, or the size for which the network was built where it runs on no other."""
+        return built_for if self.family == TRANSFORMER else size
+
+    def takes(self, size: Any) -> Any:
+        """`size`, or the next one for which the network can be built: its patches have 4 pixels."""
+        if self.family != TRANSFORMER:
+            return size
+        return -(-size // 4) * 4 if isinstance(size, int) else tuple(map(self.takes, size))
+
+    def subnets(self, num_classes: int = 10, image_size: ImageSize = 16) -> SubnetSet:
         """Its sub-networks."""
         own = layout(self.family, task(num_classes, image_size), self.options, self.norm)
         own = neighbours(own) if self.is_handmade else own
         return with_entry_gate(early(own)) if self.is_early else own
 
-    def supernet(self, seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
+    def supernet(self, seed: int = 0, num_classes: int = 10, image_size: ImageSize = 16) -> Supernet:
         """Its supernet in eval mode, with every parameter and statistic away from its initial
         value."""
         generator = torch.Generator().manual_seed(seed)
@@ -92,22 +139,25 @@ class Case:
 
 def neighbours(own: SubnetSet) -> SubnetSet:
     """A member of odd widths, and others that differ from it in a single group: prefixes are shared
-    up to anywhere.
+    up to anywhere. In it all blocks run, so that each group matters.
 
     Streams that several layers write get writers of different widths, and widths that a family ties
     become untied.
     """
     spec = own.spec
     shared = spec.num_prefix_groups(0)
-    free = [group for group in range(shared, len(spec.groups)) if not spec.groups[group].pinned]
+    free = [group for group in range(shared, len(spec.groups)) if not spec.groups[group].is_fixed]
+    depths = [group for group in free if spec.groups[group].kind == "depth"]
     base = tuple(
-        (own.prefix_upto(0) + spec.max_widths[shared:])[number] if number not in free else group.max_width // 2 + 1
+        (own.prefix_upto(0) + spec.max_widths[shared:])[number]
+        if number not in free or number in depths
+        else group.max_width // 2 + 1
         for number, group in enumerate(spec.groups)
     )
     members = [Subnet("base", base)]
     for group in sorted({*free[:3], *free[-2:]}):
         widths = list(base)
-        widths[group] = spec.groups[group].max_width
+        widths[group] = 1 if group in depths else spec.groups[group].max_width
         members.append(Subnet(f"wide-{group}", tuple(widths)))
     return SubnetSet(spec, tuple(members), Subnet("largest", spec.max_widths))
 
@@ -118,8 +168,14 @@ def early(own: SubnetSet) -> SubnetSet:
     return SubnetSet(own.spec, (Subnet("early", (first.widths[0] - 2, *first.widths[1:])), *own.members), own.teacher)
 
 
-_NORMS_OF = {"ds_mbnet": ("private_stats", "private_affine"), TRACED[1]: ("private_stats", "group_norm"), TRACED[2]: ()}
-"""Norms of the networks that differ from another one in their channels, not in their norms."""
+_NORMS_OF = {
+    "ds_mbnet": ("private_stats", "private_affine"),
+    TRANSFORMER: ("private_stats",),
+    TRACED[1]: ("private_stats", "group_norm"),
+    TRACED[2]: (),
+}
+"""Norms of the networks that differ from another one in their channels, not in their norms, and of
+those without BatchNorm."""
 
 
 def _cases() -> list[Case]:
@@ -130,6 +186,8 @@ def _cases() -> list[Case]:
         cases.append(Case("handmade private_affine", family, small, "private_affine", is_handmade=True))
         for name, options in FURTHER_OPTIONS.get(family, {}).items():
             cases.append(Case(name, family, options, None))
+    kernels = FURTHER_OPTIONS["ds_tiny"]["kernels"]
+    cases.append(Case("kernels handmade private_affine", "ds_tiny", kernels, "private_affine", is_handmade=True))
     ids = {"step": 2, "streams": "ids"}
     cases.append(
         Case("ids handmade private_affine", "tests.dsnet.nets:Stream", ids, "private_affine", is_handmade=True)
@@ -147,7 +205,9 @@ CASES = _cases()
 ONE_NORM_CASES = list({(case.family, str(case.options), case.is_handmade): case for case in CASES}.values())
 """One case for each network and set of sub-networks, for properties that no norm changes, such as
 MAdds."""
-BANKED_CASES = [case for case in CASES if case.family != NEXT and case.subnets().spec.norm != "group_norm"]
+BANKED_CASES = [
+    case for case in CASES if case.family not in (NEXT, TRANSFORMER) and case.subnets().spec.norm != "group_norm"
+]
 """The cases whose norm keeps statistics."""
 
 

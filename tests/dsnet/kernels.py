@@ -20,7 +20,7 @@ STEM, OUT, KERNEL = range(3)
 
 def kernel_set() -> SubnetSet:
     """Sub-networks with kernels of 3, 5 and 7 pixels; two differ in nothing else."""
-    groups = (ChannelGroup("stem", 8), ChannelGroup("out", 6), ChannelGroup("kernel", 7, is_kernel=True))
+    groups = (ChannelGroup("stem", 8), ChannelGroup("out", 6), ChannelGroup("kernel", 7, kind="kernel"))
     ops = (
         Op("stem", "conv", IMAGE, IMAGE_CHANNELS, STEM),
         Op("stem_norm", "norm", "stem", STEM, STEM, depends=(STEM,)),

@@ -18,8 +18,9 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.settings import Augmentation
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.families import Task, create, layout
+from dsnet.image_size import ImageSize, height_and_width
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.measure.latency import LatencyTable
+from dsnet.measure.latency_table import LatencyTable
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet
@@ -39,6 +40,7 @@ SMALL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ds_mbnet": {"width": 0.25, "num_routes": 4, "stem_stride": 1},
     "ds_resnet": {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0], "paths": [[0, 0, 0], [0, 1, 0], [1, 0, 1]]},
     "ds_tiny": {"width": 0.5, "num_routes": 3},
+    "ds_vit": {"patch": 4, "dim": 24, "heads": 3, "depth": 4, "mlp_ratio": 2, "ratios": [0.25, 0.5, 0.75], "step": 4},
     **{f"tests.dsnet.nets:{name}": {"step": 2} for name in ("Residual", "Dense", "Pinned")},
 }
 """Options that make a family quick to run; a family without an entry is tested with its
@@ -50,24 +52,28 @@ ROUTER_KINDS = kind_names()
 """Every kind of router: a new one is tested wherever these are."""
 
 
-def task(num_classes: int = 10, image_size: int = 16) -> Task:
+def task(num_classes: int = 10, image_size: ImageSize = 16) -> Task:
     """A task with colour images."""
     return Task(num_classes, 3, image_size)
 
 
-def small_set(family: str, num_classes: int = 10, image_size: int = 16) -> SubnetSet:
+def small_set(family: str, num_classes: int = 10, image_size: ImageSize = 16) -> SubnetSet:
     """The family's sub-networks, in small."""
     return layout(family, task(num_classes, image_size), SMALL_OPTIONS.get(family, {}))
 
 
-def small_supernet(family: str = "ds_tiny", seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
+def small_supernet(
+    family: str = "ds_tiny", seed: int = 0, num_classes: int = 10, image_size: ImageSize = 16
+) -> Supernet:
     """A small supernet in eval mode, every parameter and statistic of which is away from its
     initial value."""
     supernet = create(family, task(num_classes, image_size), SMALL_OPTIONS.get(family, {}), seed=seed)
     return shaken(supernet, seed).eval()
 
 
-def lively_supernet(family: str = "ds_tiny", seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
+def lively_supernet(
+    family: str = "ds_tiny", seed: int = 0, num_classes: int = 10, image_size: ImageSize = 16
+) -> Supernet:
     """A small supernet whose answers depend on the image; with random statistics the signal would
     vanish before the logits."""
     supernet = small_supernet(family, seed, num_classes, image_size)
@@ -75,9 +81,9 @@ def lively_supernet(family: str = "ds_tiny", seed: int = 0, num_classes: int = 1
     return supernet.eval()
 
 
-def three_gate_supernet(seed: int = 0, **options: Any) -> Supernet:
+def three_gate_supernet(seed: int = 0, image_size: ImageSize = 16, **options: Any) -> Supernet:
     """A small DS-ResNet in eval mode with a gate before each of its three stages."""
-    supernet = create("ds_resnet", task(), {**THREE_GATES, **options}, seed=seed)
+    supernet = create("ds_resnet", task(image_size=image_size), {**THREE_GATES, **options}, seed=seed)
     return shaken(supernet, seed).eval()
 
 
@@ -116,15 +122,15 @@ def shake_statistics(norm: BatchNormBank, generator: torch.Generator) -> None:
             buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
 
 
-def random_images(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    """Normalised images, float32 [count, 3, size, size]."""
-    return torch.randn((count, 3, size, size), generator=torch.Generator().manual_seed(seed))
+def random_images(count: int, size: ImageSize = 16, seed: int = 0) -> Tensor:
+    """Normalised images, float32 [count, 3, height, width]."""
+    return torch.randn((count, 3, *height_and_width(size)), generator=torch.Generator().manual_seed(seed))
 
 
-def random_pixels(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    """Images as uint8 [count, 3, size, size]."""
+def random_pixels(count: int, size: ImageSize = 16, seed: int = 0) -> Tensor:
+    """Images as uint8 [count, 3, height, width]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return torch.randint(0, 256, (count, 3, *height_and_width(size)), generator=generator, dtype=torch.uint8)
 
 
 def random_labels(count: int, num_classes: int = 10, seed: int = 0) -> Tensor:
@@ -132,12 +138,12 @@ def random_labels(count: int, num_classes: int = 10, seed: int = 0) -> Tensor:
     return torch.randint(num_classes, (count,), generator=torch.Generator().manual_seed(seed + 1))
 
 
-def tensor_data(count: int = 20, size: int = 16, num_classes: int = 10, split: str = "val") -> TensorData:
+def tensor_data(count: int = 20, size: ImageSize = 16, num_classes: int = 10, split: str = "val") -> TensorData:
     """One split of random images whose ids are not their positions."""
     ids = torch.arange(count) * 3 + 7
     part = Batch(random_pixels(count, size), random_labels(count, num_classes), ids)
     names = tuple(f"class{index}" for index in range(num_classes))
-    return TensorData(MappingProxyType({split: part}), names, (3, size, size))
+    return TensorData(MappingProxyType({split: part}), names, (3, *height_and_width(size)))
 
 
 def small_run(mode: str = "ib", **changes: Any) -> SupernetRun:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dsnet.files import (
     read_object,
     read_sealed,
     read_stored,
+    remove_drafts,
     set_aside,
     write_sealed,
 )
@@ -129,7 +132,7 @@ def test_a_hash_is_computed_again_when_the_file_has_changed(tmp_path: Path) -> N
     path.write_bytes(b"other")
     os.utime(path, ns=(1, 1))
     assert known_sha256(path) == file_sha256(path) != first
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is missing"):
         known_sha256(tmp_path / "nothing")
 
 
@@ -142,3 +145,45 @@ def test_damaged_files_are_kept_beside_each_other(tmp_path: Path) -> None:
         "subnets.json.damaged-1": "first",
         "subnets.json.damaged-2": "second",
     }
+
+
+def a_dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_only_what_killed_processes_of_this_program_were_writing_is_removed(tmp_path: Path) -> None:
+    dead, alive = a_dead_pid(), os.getpid()
+    ours = [f".report.html.{dead}-0a1b2c3d.tmp", f"export/.figure.png.{dead}.partial", f".driver.lock.{dead}"]
+    others = [
+        f".report.html.{alive}-0a1b2c3d.tmp",
+        f".notes.{dead}.tmp",
+        f"report.html.{dead}-0a1b2c3d.tmp",
+        f".report.html.{dead}-0a1b2c3.tmp",
+        ".study.tmp",
+        "driver.lock",
+        f".driver.lock.{dead}.copy",
+        "gates/slot-00001.safetensors",
+    ]
+    for name in [*ours, *others]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    bundle = tmp_path / "export" / f".knee.{dead}.tmp"
+    bundle.mkdir()
+    (bundle / "weights.safetensors").write_text("half of it")
+    assert remove_drafts(tmp_path, min_age_s=600.0) == [], "another machine may be writing them"
+    assert sorted(remove_drafts(tmp_path)) == sorted([*(tmp_path / name for name in ours), bundle])
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(tmp_path / name for name in others)
+
+
+def test_a_writer_that_is_killed_leaves_a_draft_that_is_removed(tmp_path: Path) -> None:
+    """The names that are written and those that are removed must be the same."""
+    script = (
+        "import os, sys; from pathlib import Path; from dsnet.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as draft:\n"
+        "    draft.write_text('half of it'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "points.parquet")], check=False)
+    (left,) = tmp_path.iterdir()
+    assert remove_drafts(tmp_path) == [left]

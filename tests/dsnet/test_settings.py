@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import pytest
-from annotated_types import Gt, Len, Lt, MinLen, MultipleOf
+from annotated_types import Ge, Gt, Len, Lt, MinLen, MultipleOf
 
 from dsnet.errors import ConfigError
 from dsnet.settings import (
@@ -29,6 +29,7 @@ from dsnet.settings import (
 Share = Annotated[float, Gt(0), Lt(1)] | PositiveInt | None
 Sizes = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 Pair = Annotated[tuple[PositiveFraction, ...], Len(2, 2)]
+Sides = tuple[Annotated[int, Ge(8)], Annotated[int, Lt(4)]]
 Registered = Annotated[str, OneOf(lambda: ("gate", "cascade"))]
 
 
@@ -45,6 +46,8 @@ Registered = Annotated[str, OneOf(lambda: ("gate", "cascade"))]
         (Share, (0.5, 3, None), {0: "a number above 0 and below 1 or a whole number of at least 1 or null"}),
         (Sizes, ((1, 2), [3]), {(): "a list of at least 1 value", 3: "a list"}),
         (Pair, ((0.5, 1.0),), {(0.5,): "a list of 2 values"}),
+        (Sides, ((8, 3), [9, 0]), {(8,): "a list of 2 values", (8, 3, 3): "a list of 2 values", 8: "a list"}),
+        (Sides | None, (None, (8, 3)), {(): "a list of 2 values or null"}),
     ],
 )
 def test_a_value_is_taken_or_refused_with_what_is_allowed(
@@ -96,3 +99,11 @@ def test_an_object_checks_its_fields_by_their_dotted_keys() -> None:
     for error in (ConfigError, ValueError):
         with pytest.raises(error, match=r"^engine\.optimizer\.lr is 0, but must be above 0"):
             Speed(rate=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "where"), [((7, 3), r"a\.b\[0\] is 7, .*at least 8"), ([8, 4], r"a\.b\[1\] is 4, .*below 4")]
+)
+def test_a_list_of_several_types_is_refused_with_the_item_that_is_wrong(value: object, where: str) -> None:
+    with pytest.raises(SettingError, match=where):
+        check_value("a.b", value, Sides)

@@ -28,7 +28,8 @@ from dsnet.routers.base import STOP, Evidence, Executed, NetworkShape
 from dsnet.routers.kinds import RouterKind
 from dsnet.routers.kinds import register as register_router
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import TableRun
 from dsnet.space.subnet_set import SubnetSet
 
 # A family: DS-Tiny with another default.

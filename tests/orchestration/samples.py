@@ -45,6 +45,8 @@ ray: {{trial_actors: 1}}
 {ONLY_BUNDLES}"""
 SWEEP = "tiny.yaml"
 WITHOUT_MLFLOW = ("--set", "tracking.mlflow=false")
+HOME = "home"
+"""Name of the home folder of the finished sweep, in its folder."""
 
 
 def write_sweep(folder: Path, text: str = TINY, name: str = SWEEP) -> Path:
@@ -185,10 +187,12 @@ class Finished:
 
 def run_tiny_sweep(folder: Path) -> Finished:
     """Launch the tiny sweep and wait for its end, in a folder whose modules have the names of ours
-    and of what we need."""
+    and of what we need, with an empty home folder."""
     write_sweep(folder)
+    home = folder / HOME
+    home.mkdir(exist_ok=True)
     write_hostile_modules(folder)
-    command = Command(folder, "launch", SWEEP, python_path=[folder])
+    command = Command(folder, "launch", SWEEP, python_path=[folder], variables={"HOME": str(home)})
     listeners = Listeners(command)
     try:
         answer = command.wait()

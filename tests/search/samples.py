@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsnet.measure.latency import LatencyTable, Timing
+from dsnet.measure.latency_table import LatencyTable, Timing
 from dsnet.space.subnet_set import SubnetSet
 from orchestration.config.gate import GateConfig
 from orchestration.runs.stages import canonical_settings

@@ -14,7 +14,7 @@ from dsnet.families import layout
 from dsnet.gates.fit import fit_gate, score_run
 from dsnet.gates.problem import beam
 from dsnet.gates.settings import GateSettings
-from dsnet.measure.latency import LatencyTable, Timing
+from dsnet.measure.latency_table import LatencyTable, Timing
 from dsnet.routers.cascade import CascadeRouter
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.subnet_set import SubnetSet

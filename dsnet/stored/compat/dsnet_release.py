@@ -31,6 +31,7 @@ from torch import Tensor
 from dsnet.errors import CheckpointError
 from dsnet.families import Task, create, layout
 from dsnet.finite import check_finite
+from dsnet.image_size import ImageSize
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
 from dsnet.routers.gate import GateRouter
@@ -81,7 +82,7 @@ _USUAL_CLASSES = 1000
 
 
 def load_dsnet_checkpoint(
-    source: Source, num_classes: int | None = None, *, ema: bool = False, image_size: int = 224
+    source: Source, num_classes: int | None = None, *, ema: bool = False, image_size: ImageSize = 224
 ) -> tuple[Supernet, SubnetSet]:
     """Load a released checkpoint as a supernet in eval mode, with its sub-networks.
 
@@ -94,7 +95,7 @@ def load_dsnet_checkpoint(
             state dict alone.
         num_classes: expected number of classes of the classifier; None takes the checkpoint's.
         ema: whether to take the moving average of the weights.
-        image_size: height and width in pixels for which the supernet is laid out; the weights do
+        image_size: size of the images for which the supernet is laid out; the weights do
             not depend on it.
 
     Raises:

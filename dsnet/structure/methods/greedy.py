@@ -79,9 +79,11 @@ class Greedy(StructureMethod):
 
 
 def _removals(problem: StructureProblem, options: Sequence[Widths], widths: Widths, number: int) -> list[Candidate]:
-    """The sub-networks with one step of channels less in one group, in the order of the groups."""
+    """The sub-networks with one step of channels less in one group, in the order of the groups;
+    without those that save nothing, because the group belongs to a block that does not run."""
     smaller = [step_down(options, widths, group) for group in range(len(options))]
-    return [candidate(problem, number, each) for each in smaller if each is not None]
+    found = [candidate(problem, number, each) for each in smaller if each is not None]
+    return [each for each in found if each.madds < problem.madds(widths)]
 
 
 def _best(candidates: Sequence[Candidate], scores: Sequence[Score]) -> Candidate:

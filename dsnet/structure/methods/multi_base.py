@@ -26,7 +26,6 @@ from dsnet.structure.method import (
     check_common,
     check_different,
     check_statistics,
-    has_batch_norm,
     is_sortable,
     missed,
     shortened,
@@ -73,7 +72,7 @@ class MultiBase(StructureMethod):
     def bases(self, problem: StructureProblem) -> tuple[Base, ...]:
         """A network with one sub-network for every base width, from the narrowest to the widest."""
         spec = problem.spec
-        gamma_l1 = problem.settings.bases.gamma_l1 if has_batch_norm(problem) else 0.0
+        gamma_l1 = problem.settings.bases.gamma_l1 if problem.spec.has_batch_norm else 0.0
         run = replace(
             problem.run,
             train=replace(shortened(problem), gamma_l1=gamma_l1),
@@ -221,7 +220,7 @@ def _check_norms(problem: StructureProblem) -> None:
             f"supernet.structure.method {MULTI_BASE} sorts channels, but this network has GroupNorm, which normalises neighbouring "
             "channels together, so that another order would compute something else: use another supernet.train.bn"
         )
-    if problem.settings.score == BN_GAMMA and not has_batch_norm(problem):
+    if problem.settings.score == BN_GAMMA and not problem.spec.has_batch_norm:
         raise ConfigError(
             f"supernet.structure.score is {BN_GAMMA}, but this network has no BatchNorm: use weight_l1, taylor or noise"
         )

@@ -35,7 +35,6 @@ from dsnet.structure.method import (
     Trainings,
     Widths,
     candidate,
-    has_batch_norm,
     is_sortable,
     missed,
     shortened,
@@ -83,7 +82,7 @@ class Progressive(StructureMethod):
     def check(self, problem: StructureProblem) -> None:
         """See `StructureMethod.check`."""
         check_way(problem, _options(problem))
-        if problem.settings.progressive.ranking == BN_GAMMA and not has_batch_norm(problem):
+        if problem.settings.progressive.ranking == BN_GAMMA and not problem.spec.has_batch_norm:
             raise ConfigError(
                 f"supernet.structure.progressive.ranking is {BN_GAMMA}, but this network has no BatchNorm: use noise, weight_l1 "
                 "or taylor"
@@ -95,8 +94,8 @@ class Progressive(StructureMethod):
 
     def bases(self, problem: StructureProblem) -> tuple[Base, ...]:
         """A universally slimmable network over every width that the search may choose."""
-        kernels = {number for number, group in enumerate(problem.spec.groups) if group.is_kernel}
-        return (us_net(problem, problem.fixed | kernels),)
+        sizes = {number for number, group in enumerate(problem.spec.groups) if group.is_size}
+        return (us_net(problem, problem.fixed | sizes),)
 
     def num_candidates(self, problem: StructureProblem) -> int:
         """The sub-networks of the way, again those that a fine-tuned network scores, one for each
@@ -150,11 +149,11 @@ class Progressive(StructureMethod):
 
 
 def _options(problem: StructureProblem) -> tuple[Widths, ...]:
-    """The possible widths of every channel group; kernels, whose pixels have no importance, keep
-    their size."""
+    """The possible widths of every channel group; kernels and depths, whose pixels and blocks have
+    no importance, keep their size."""
     options = problem.options(problem.settings.levels)
     return tuple(
-        widths[-1:] if group.is_kernel else widths for group, widths in zip(problem.spec.groups, options, strict=True)
+        widths[-1:] if group.is_size else widths for group, widths in zip(problem.spec.groups, options, strict=True)
     )
 
 

@@ -138,7 +138,7 @@ def test_no_operation_is_larger_than_the_image(name: str) -> None:
     digits = load_images("digits")
     assert getattr(Augmentation.for_images(digits, **{name: 8}), name) == 8
     with pytest.raises(
-        ConfigError, match=rf"data\.augment\.{name} is 9, but the images of digits have 8 pixels a side"
+        ConfigError, match=rf"data\.augment\.{name} is 9, but the images of digits have 8 x 8 pixels: write at most 8"
     ):
         Augmentation.for_images(digits, **{name: 9})
 

@@ -68,6 +68,18 @@ def test_where_no_attempt_fits_the_centre_is_taken(size: tuple[int, int], expect
     assert tuple(int(value) for value in (boxes.top, boxes.left, boxes.height, boxes.width)) == expected
 
 
+@pytest.mark.parametrize("aspect", [0.5, 2.0])
+def test_crops_have_about_the_shape_of_what_they_become(aspect: float) -> None:
+    boxes = crop_boxes(draw_boxes(300, generator()), (200, 200), (0.08, 0.3), aspect)
+    met = boxes.width / boxes.height / aspect
+    assert CROP_ASPECTS[0] * 0.95 < met.min() < 0.8
+    assert 1.25 < met.max() < CROP_ASPECTS[1] * 1.05
+    draw = draw_boxes(1, generator())
+    draw.area[:], draw.aspect[:] = 1.0, 0.0
+    whole = crop_boxes(draw, (30, 60), (1.0, 1.0), 2.0)  # no attempt fits: the centre is taken
+    assert (int(whole.height), int(whole.width)) == (30, 60)
+
+
 def test_one_image_of_a_draw_gets_the_box_it_has_in_the_batch() -> None:
     draw = draw_boxes(20, generator())
     boxes = crop_boxes(draw, (57, 91), (0.08, 1.0))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from dsnet.data.cache import ImageCache, default_cache_folder
 from dsnet.data.images import ImageSet
 from dsnet.errors import DataError
+from tests.full_disk import FullDisk
 
 
 class CountingSource:
@@ -92,6 +96,46 @@ def test_an_unwritable_folder_costs_only_the_decoding(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING):
         assert_is_the_set(ImageCache(blocked / "cache").load_or_make("small", "ab12", source))
     assert "not cached" in caplog.text
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Be a user without rights for the length of a block, where this one is root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_home_folder_into_which_this_user_may_not_look_costs_only_the_decoding(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path / "home" / ".cache")
+    (tmp_path / "home").mkdir(mode=0)
+    try:
+        with nobody():
+            with pytest.raises(PermissionError):
+                os.stat(tmp_path / "home" / ".cache")
+            assert_is_the_set(cache.load_or_make("small", "a" * 64, CountingSource()))
+            assert cache.load_or_make_json("broken", "a" * 64, lambda: {"files": 3}) == {"files": 3}
+    finally:
+        (tmp_path / "home").chmod(0o700)
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["load_or_make", "load_or_make_json"])
+def test_a_full_disk_costs_only_the_decoding(tmp_path: Path, name: str) -> None:
+    cache = ImageCache(tmp_path)
+    disk = FullDisk(tmp_path, 0)
+    with disk.installed():
+        if name == "load_or_make":
+            assert_is_the_set(cache.load_or_make("small", "a" * 64, CountingSource()))
+        else:
+            assert cache.load_or_make_json("broken", "a" * 64, lambda: {"files": 3}) == {"files": 3}
+    assert disk.failed
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:

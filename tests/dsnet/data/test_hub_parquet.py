@@ -23,12 +23,13 @@ from dsnet.data.images import ImageSet
 from dsnet.data.photos import PhotoDecoder
 from dsnet.data.settings import Augmentation, Columns, FileOptions
 from dsnet.errors import ConfigError, DataError
+from dsnet.image_size import ImageSize, height_and_width
 
 DIGITS = tuple("0123456789")
 
 
-def pixels(seed: int, size: int = 28, channels: int = 1) -> np.ndarray:
-    shape = (size, size) if channels == 1 else (size, size, channels)
+def pixels(seed: int, size: ImageSize = 28, channels: int = 1) -> np.ndarray:
+    shape = height_and_width(size) if channels == 1 else (*height_and_width(size), channels)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -56,7 +57,7 @@ def write(
     pq.write_table(table, file)
 
 
-def load(folder: Path, size: int | None = None, cache: Path | None = None, **options: Any) -> ImageSet:
+def load(folder: Path, size: ImageSize | None = None, cache: Path | None = None, **options: Any) -> ImageSet:
     return load_parquet(folder, size, FileOptions(**options), ImageCache(cache or folder / "cache"))
 
 
@@ -195,6 +196,26 @@ def test_files_that_make_no_data_set_are_told(tmp_path: Path, files: dict[str, i
     for name in files:
         write(tmp_path / name, [pixels(0)], {"label": [0]})
     with pytest.raises(DataError, match=message):
+        load(tmp_path)
+
+
+def test_images_that_are_no_squares_are_read_as_they_are_or_cut_to_a_size(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    write(file, [pixels(n, (20, 30)) for n in range(3)], {"label": [0, 1, 1]})
+    whole = load(tmp_path)
+    assert whole.image_shape == (1, 20, 30)
+    assert np.array_equal(whole.images[:, 0].numpy(), np.stack([pixels(n, (20, 30)) for n in range(3)]))
+    photo = tmp_path / "photo.png"
+    Image.fromarray(pixels(2, (20, 30))).save(photo)
+    for size, shape in ((None, (1, 20, 30)), (10, (1, 10, 10)), ((20, 10), (1, 20, 10))):
+        images = load(tmp_path, size)
+        assert images.image_shape == shape
+        assert torch.equal(PhotoDecoder.of_data("parquet", shape)(photo), images.images[2])
+    assert np.array_equal(images.images[2, 0].numpy(), pixels(2, (20, 30))[:, 10:20]), "the centre, not squeezed"
+    write(file, [pixels(0, (20, 30)), pixels(1, (30, 20))], {"label": [0, 1]})
+    with pytest.raises(
+        ConfigError, match=r"row 1: the image has 30 x 20 pixels \(height x width\), the first one 20 x 30"
+    ):
         load(tmp_path)
 
 

@@ -90,21 +90,30 @@ def noise_files(root: Path) -> list[Image.Image]:
     return images
 
 
-def resized_and_cut(image: Image.Image, shorter: int, size: int) -> np.ndarray:
-    """Resize and cut in two steps, for shapes without rounding."""
-    factor = shorter / min(image.size)
+def resized_and_cut(image: Image.Image, covered: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Resize until `covered` (height, width) is covered, and cut, in two steps, for shapes without
+    rounding."""
+    factor = max(covered[0] / image.height, covered[1] / image.width)
     whole = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BILINEAR)
-    left, top = (whole.width - size) // 2, (whole.height - size) // 2
-    return np.asarray(whole.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    height, width = size
+    left, top = (whole.width - width) // 2, (whole.height - height) // 2
+    return np.asarray(whole.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_smaller_crop_is_the_centre_of_the_image_resized_by_its_shorter_side(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+@pytest.mark.parametrize(("size", "covered"), [((14, 14), (16, 16)), ((14, 28), (16, 32)), ((28, 14), (32, 16))])
+def test_a_smaller_crop_is_the_centre_of_the_image_resized_to_cover_its_size(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+    size: tuple[int, int],
+    covered: tuple[int, int],
 ) -> None:
     monkeypatch.setenv("DSNET_CACHE", str(tmp_path / "own"))
-    expected = np.stack([resized_and_cut(image, shorter=16, size=14) for image in noise_files(root)])
-    source = load_source("image_folder", root, 14, stream=stream, crop_fraction=0.875)
+    expected = np.stack([resized_and_cut(image, covered, size) for image in noise_files(root)])
+    source = load_source("image_folder", root, size, stream=stream, crop_fraction=0.875)
+    assert source.image_shape == (3, *size)
     ids = np.arange(4)
     splits = Splits(train=ids, gate=ids, val=ids, test=ids)
     val = source.tensor_data(splits).images("val")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dsnet.data.image_folder import load_image_folder
 from dsnet.data.images import resize_images
 from dsnet.data.photos import PhotoDecoder, photo_files
 from dsnet.errors import DataError
+from dsnet.image_size import ImageSize, height_and_width
 
 RGB = PhotoDecoder(channels=3, native_size=16, image_size=16)
 ORIENTATION = 0x0112
@@ -30,8 +32,10 @@ def save(image: Image.Image, path: Path, **options: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
-def test_a_photo_is_decoded_to_the_bits_that_training_sees(tmp_path: Path, crop_fraction: float) -> None:
+@pytest.mark.parametrize(("size", "crop_fraction"), [(16, 1.0), (16, 0.875), ((12, 20), 0.875)])
+def test_a_photo_is_decoded_to_the_bits_that_training_sees(
+    tmp_path: Path, size: ImageSize, crop_fraction: float
+) -> None:
     turned = Image.Exif()
     turned[ORIENTATION] = 6
     save(picture(seed=1), tmp_path / "data/a/tall.jpg", exif=turned)
@@ -40,8 +44,8 @@ def test_a_photo_is_decoded_to_the_bits_that_training_sees(tmp_path: Path, crop_
     save(picture(channels=4, seed=4), tmp_path / "data/b/with-alpha.png")
     save(picture(seed=5).convert("P"), tmp_path / "data/b/palette.png")
     save(picture(5, 7, seed=6), tmp_path / "data/b/tiny.png")
-    images = load_image_folder(tmp_path / "data", 16, ImageCache(tmp_path / "cache"), crop_fraction).images
-    decode = PhotoDecoder.of_data("image_folder", (3, 16, 16), crop_fraction)
+    images = load_image_folder(tmp_path / "data", size, ImageCache(tmp_path / "cache"), crop_fraction).images
+    decode = PhotoDecoder.of_data("image_folder", (3, *height_and_width(size)), crop_fraction)
     files = photo_files([tmp_path / "data"])
     assert [file.name for file in files] == [
         "tall.jpg",
@@ -65,6 +69,8 @@ def test_a_file_with_an_image_of_a_data_set_of_fixed_size_gives_that_image(
     assert torch.equal(PhotoDecoder.of_data(name, (channels, native, native))(file), own)
     enlarged = PhotoDecoder.of_data(name, (channels, 3 * native, 3 * native))
     assert torch.equal(enlarged(file), resize_images(own[None], 3 * native)[0])
+    oblong = PhotoDecoder.of_data(name, (channels, native, 2 * native))
+    assert torch.equal(oblong(file), resize_images(own[None], (native, 2 * native))[0])
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "gif", "webp", "tiff"])
@@ -117,8 +123,9 @@ def test_a_folder_stands_for_its_images_by_name_and_without_hidden_or_other_file
 
 
 def test_a_decoder_survives_json() -> None:
-    decoder = PhotoDecoder.of_data("image_folder", (3, 64, 64), 0.875)
-    assert PhotoDecoder.from_json(decoder.to_json()) == decoder
+    for shape in ((3, 64, 64), (3, 24, 48)):
+        decoder = PhotoDecoder.of_data("image_folder", shape, 0.875)
+        assert PhotoDecoder.from_json(json.loads(json.dumps(decoder.to_json()))) == decoder
 
 
 def test_images_of_other_channels_are_refused() -> None:

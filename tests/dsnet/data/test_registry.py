@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sklearn import datasets
 
 from dsnet.data.images import ImageSet
 from dsnet.data.registry import DataSet, check_source, data_set_names, find_data_set, load_images, register_data_set
-from dsnet.data.settings import DataSettings, FileOptions
+from dsnet.data.settings import Augmentation, DataSettings, FileOptions
 from dsnet.errors import ConfigError, DataError
 
 
@@ -45,6 +46,15 @@ def test_digits_are_resized_on_demand() -> None:
     assert load_images("digits", image_size=8).fingerprint == load_images("digits").fingerprint
 
 
+def test_digits_are_resized_to_a_size_that_is_no_square() -> None:
+    whole = load_images("digits")
+    wide = load_images("digits", image_size=[8, 24])  # type: ignore[arg-type]
+    assert wide.image_shape == (1, 8, 24)
+    assert Augmentation.for_images(wide).crop_padding == 1, "an eighth of the shorter side"
+    assert torch.equal(wide.images.float().mean((2, 3)).round(), whole.images.float().mean((2, 3)).round())
+    assert load_images("digits", image_size=(16, 16)).fingerprint == load_images("digits", image_size=16).fingerprint
+
+
 def test_digits_refuse_a_path_that_they_would_ignore(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"embedded: remove data\.path"):
         load_images("digits", tmp_path)
@@ -62,9 +72,11 @@ def test_a_name_like_no_other_gets_the_known_names() -> None:
         load_images("zzz")
 
 
-@pytest.mark.parametrize("image_size", [0, 7, 513, -8])
-def test_an_image_size_out_of_range_is_refused(image_size: int) -> None:
-    with pytest.raises(ConfigError, match=r"must be at least 8 and at most 512"):
+@pytest.mark.parametrize("image_size", [0, 7, 513, -8, [8], [8, 8, 8], [8, 7], [513, 8], "8x16", True, [8.0, 16], []])
+def test_an_image_size_out_of_range_is_refused(image_size: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"must be the side of a square or \[HEIGHT, WIDTH\], in pixels from 8 to 512"
+    ):
         load_images("digits", image_size=image_size)
 
 

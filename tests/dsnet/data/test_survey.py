@@ -3,6 +3,7 @@ found and what is expected."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,24 @@ def test_a_folder_is_told_by_its_classes_sizes_and_colours(tmp_path: Path) -> No
     assert survey.class_sizes == {"cats": 5, "dogs": 2}
     assert (survey.num_images, survey.short_side, survey.is_grey) == (7, 30, False)
     assert set(survey.sizes) == {(40, 30), (20, 50)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ([(40, 30), (80, 60)], (30, 40)),
+        ([(30, 60), (31, 61)], (60, 30)),
+        ([(40, 30), (30, 40)], None),
+        ([(40, 30), (40, 20)], None),
+        ([(40, 39), (40, 39)], None),
+    ],
+)
+def test_pictures_of_one_oblong_shape_are_seen_to_be_so(
+    tmp_path: Path, sizes: Sequence[tuple[int, int]], shape: tuple[int, int] | None
+) -> None:
+    for name, size in zip(("cats", "dogs"), sizes, strict=True):
+        fill(tmp_path / name, 2, size=size)
+    assert survey_folder(tmp_path).oblong_shape == shape
 
 
 def test_no_more_files_are_decoded_than_are_needed_and_they_lie_evenly(

@@ -24,6 +24,7 @@ from dsnet.data.resized_crop import crop_boxes
 from dsnet.data.settings import Augmentation
 from dsnet.data.training_images import InMemoryImages, StreamedImages, TrainingImages
 from dsnet.errors import DataError
+from dsnet.image_size import ImageSize, height_and_width
 from dsnet.seeds import derive_seed
 
 CPU = torch.device("cpu")
@@ -154,18 +155,22 @@ class TestStreamedImages(TrainingImagesContract):
         expected = gathered(streamed(files), batches(0, 1, 2, 3))
         assert_same(gathered(streamed(files, **changes), batches(0, 1, 2, 3)), expected)
 
-    def test_without_further_options_an_image_is_its_resized_crop(self, files: tuple[str, ...]) -> None:
-        images = streamed(files, augmentation=Augmentation(crop_padding=3, crop_scale=None))
+    @pytest.mark.parametrize("size", [SIZE, (12, 20)])
+    def test_without_further_options_an_image_is_its_resized_crop(
+        self, files: tuple[str, ...], size: ImageSize
+    ) -> None:
+        height, width = height_and_width(size)
+        images = streamed(files, augmentation=Augmentation(crop_padding=3, crop_scale=None), image_size=size)
         (rows, seed) = batches(0)[0]
         found, _ = gathered(images, [(rows, seed)])[0]
         draw = draw_boxes(len(rows), torch.Generator().manual_seed(derive_seed(seed, "crops")))
         corners = []
         for position, row in enumerate(rows.tolist()):
             with Image.open(files[row]) as image:
-                box = crop_boxes(draw[position], (image.height, image.width), (0.08, 1.0))
+                box = crop_boxes(draw[position], (image.height, image.width), (0.08, 1.0), width / height)
                 top, left = int(box.top), int(box.left)
                 corners.append((left, top, left + int(box.width), top + int(box.height)))
-                expected = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=corners[-1])
+                expected = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR, box=corners[-1])
             assert np.array_equal(found[position].numpy(), np.asarray(expected).transpose(2, 0, 1))
         assert len(set(corners)) == len(corners)
 
@@ -178,9 +183,10 @@ class TestStreamedImages(TrainingImagesContract):
         assert (found.numpy() == np.asarray(whole).transpose(2, 0, 1)).all(axis=(1, 2, 3)).any()
 
     def test_clean_images_are_decoded_as_those_of_the_other_splits(self, files: tuple[str, ...]) -> None:
-        clean = next(iter(streamed(files).clean([torch.tensor([3, 8])], CPU)))
-        assert np.array_equal(clean[0].numpy(), decode_file(Path(files[3]), SIZE))
-        assert np.array_equal(clean[1].numpy(), decode_file(Path(files[8]), SIZE))
+        for size in (SIZE, (20, 12)):
+            clean = next(iter(streamed(files, image_size=size).clean([torch.tensor([3, 8])], CPU)))
+            assert np.array_equal(clean[0].numpy(), decode_file(Path(files[3]), size))
+            assert np.array_equal(clean[1].numpy(), decode_file(Path(files[8]), size))
 
     @pytest.mark.parametrize("content", [b"no image", None])
     def test_a_file_that_cannot_be_decoded_is_named(

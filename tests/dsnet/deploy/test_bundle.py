@@ -58,7 +58,7 @@ CLAIMS = {"val": {"top1": 0.5, "madds_m": 0.25}, "data": {"name": "digits"}}
 
 def gate(supernet: Supernet, routes: tuple[int, ...] = (0, 2)) -> GateRouter:
     """A gate that uses all of its routes."""
-    images = NORMALIZATION.apply(random_pixels(64, seed=6))
+    images = NORMALIZATION.apply(random_pixels(64, supernet.spec.image_size, seed=6))
     hidden = supernet.trunk(images, supernet.subnets[0]).hidden.detach().double()
     weight = torch.randn((len(routes), hidden.shape[1]), generator=torch.Generator().manual_seed(2)).double()
     return GateRouter(weight, (hidden @ weight.T).mean(0), routes)
@@ -78,7 +78,7 @@ def save(
         "router": router if router is not None else gate(supernet),
         "normalization": NORMALIZATION,
         "class_names": CLASSES,
-        "examples": random_pixels(16),
+        "examples": random_pixels(16, supernet.spec.image_size),
     }
     save_bundle(folder, BundleContents(**{**fields, **changes}), claims=claims, gate_yaml="gate: for people\n")
     return folder

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from dsnet.deploy.exporters import exporters
 from dsnet.deploy.onnx_files import LISTING, GraphSegments, write_graphs
 from dsnet.deploy.operating_points import OperatingPoint
 from dsnet.errors import CheckpointError, ConfigError
+from dsnet.families import create
+from dsnet.image_size import image_size_of
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Evidence, Executed
@@ -36,14 +38,23 @@ from tests.dsnet.samples import (
     random_labels,
     random_pixels,
     random_supernet_router,
+    shaken,
     small_supernet,
+    task,
     three_gate_supernet,
 )
 
 pytest.importorskip("onnx", reason="extra deploy is not installed")
 
 ENGINES = [engine.name for engine in graph_engines() if engine.is_installed]
-SUPERNETS: dict[str, Callable[[], Supernet]] = {"one gate": small_supernet, "three gates": three_gate_supernet}
+TOKENS: Mapping[str, Any] = {"patch": 8, "dim": 16, "heads": 2, "depth": 2, "gates": [1], "ratios": [0.5, 1.0]}
+"""Options of a small vision transformer: most of the time of an export is that of its layers."""
+SUPERNETS: dict[str, Callable[[], Supernet]] = {
+    "one gate": small_supernet,
+    "three gates": partial(three_gate_supernet, image_size=(12, 20)),
+    "tokens": lambda: shaken(create("ds_vit", task(), TOKENS)).eval(),
+}
+"""Supernets by name, one of them for images that are no squares."""
 
 
 def with_graphs(folder: Path) -> Path:
@@ -56,7 +67,7 @@ def with_graphs(folder: Path) -> Path:
 
 def saved_with_routers(folder: Path, supernet: Supernet, kinds: Sequence[str] = tuple(ROUTER_KINDS)) -> Path:
     """A bundle with an operating point for every kind of router, named after it."""
-    recalibrate(supernet, [NORMALIZATION.apply(random_pixels(64))])
+    recalibrate(supernet, [NORMALIZATION.apply(random_pixels(64, supernet.spec.image_size))])
     everything = range(len(supernet.subnets))
     first, *others = (OperatingPoint(kind, random_supernet_router(kind, supernet, 3, everything), {}) for kind in kinds)
     return save(folder, supernet, router=first.router, point_name=first.name, further_points=others)
@@ -87,7 +98,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 
 def assert_same(bundle: Bundle, expected: Bundle, num_images: int) -> None:
-    pixels = random_pixels(num_images, seed=num_images)
+    pixels = random_pixels(num_images, image_size_of(bundle.image_shape), seed=num_images)
     answer, wanted = bundle(pixels), expected(pixels)
     assert answer.routes.tolist() == wanted.routes.tolist()
     assert answer.madds.tolist() == wanted.madds.tolist()
@@ -114,7 +125,7 @@ def test_every_router_takes_its_routes_in_every_engine(
     for kind in ROUTER_KINDS:
         for size in (0, 1, 2, 17):
             assert_same(ours.at(kind), own.at(kind), size)
-        taken |= set(ours.at(kind)(random_pixels(64)).routes.tolist())
+        taken |= set(ours.at(kind)(random_pixels(64, image_size_of(ours.image_shape))).routes.tolist())
     assert len(taken) > 1
 
 

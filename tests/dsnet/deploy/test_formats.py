@@ -18,8 +18,10 @@ from dsnet.deploy.bundle import load_bundle
 from dsnet.deploy.engines import TORCH
 from dsnet.deploy.exporters import CheckedExporter, exporters
 from dsnet.errors import ConfigError, VerificationError
+from dsnet.image_size import ImageSize, image_size_of
 from dsnet.routers.fixed import FixedRouter
 from tests.docs.blocks import blocks
+from tests.dsnet.cases import OBLONG
 from tests.dsnet.deploy.test_bundle import save
 from tests.dsnet.deploy.test_engines import SUPERNETS, saved_with_routers
 from tests.dsnet.samples import random_pixels, small_supernet
@@ -32,6 +34,7 @@ ONE_IMAGE = ("onnx_single", "torch_export")
 KINDS = {
     "one gate": ("gate", "evidence_gate", "cascade", "learned_cascade"),
     "three gates": ("gates", "cascade"),
+    "tokens": ("gate", "cascade"),
 }
 
 
@@ -59,7 +62,8 @@ def test_one_file_decides_and_classifies_as_the_bundle_does(
     folder, exporter = written(path, kind), exporters()[kind]
     assert isinstance(exporter, CheckedExporter)
     assert exporter.check(path, folder) == 16
-    bundle, pixels = load_bundle(path, engine=TORCH), random_pixels(12, seed=5)
+    bundle = load_bundle(path, engine=TORCH)
+    pixels = random_pixels(12, image_size_of(bundle.image_shape), seed=5)
     taken = set()
     for point in bundle.operating_points:
         expected = bundle.at(point.name)(pixels)
@@ -103,12 +107,12 @@ def _count_branches(graph: onnx.GraphProto, outside: frozenset[str]) -> int:
     return sum(_count_branches(each, outside | own) for each in inner) if inner else 1
 
 
-def test_static_networks_take_batches_of_any_size(bundle_of: Callable[[str], Path]) -> None:
-    path = bundle_of("one gate")
+def test_static_networks_take_batches_of_any_size(tmp_path: Path) -> None:
+    path = save(tmp_path / "oblong", small_supernet(image_size=OBLONG))
     folder, exporter = written(path, "static"), exporters()["static"]
     assert isinstance(exporter, CheckedExporter)
     assert exporter.check(path, folder) == 16
-    bundle, pixels = load_bundle(path, engine=TORCH), random_pixels(5, seed=8)
+    bundle, pixels = load_bundle(path, engine=TORCH), random_pixels(5, OBLONG, seed=8)
     for route, name in enumerate(bundle.route_names):
         expected = bundle.net.with_router(FixedRouter(route))(bundle.normalization.apply(pixels)).logits
         session = onnxruntime.InferenceSession(folder / f"{name}.onnx")
@@ -118,12 +122,13 @@ def test_static_networks_take_batches_of_any_size(bundle_of: Callable[[str], Pat
         torch.testing.assert_close(program(pixels), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
-def test_the_documented_program_takes_a_photo_with_onnx_runtime_alone(tmp_path: Path, crop_fraction: float) -> None:
-    supernet = small_supernet()
-    path = save(
-        tmp_path / "runs" / "network" / "export" / "knee", supernet, photos=PhotoDecoder(3, 16, 16, crop_fraction)
-    )
+@pytest.mark.parametrize(("size", "crop_fraction"), [(16, 1.0), (OBLONG, 0.875)])
+def test_the_documented_program_takes_a_photo_with_onnx_runtime_alone(
+    tmp_path: Path, size: ImageSize, crop_fraction: float
+) -> None:
+    supernet = small_supernet(image_size=size)
+    decoder = PhotoDecoder(3, size, size, crop_fraction)
+    path = save(tmp_path / "runs" / "network" / "export" / "knee", supernet, photos=decoder)
     folder, exporter = written(path, "onnx_photo"), exporters()["onnx_photo"]
     assert isinstance(exporter, CheckedExporter)
     assert exporter.check(path, folder) == 16

@@ -10,6 +10,7 @@ from torch import nn
 
 from dsnet.deploy.inference_layout import PointwiseConv2d, lay_out_for_inference
 from dsnet.deploy.materialize import materialize
+from dsnet.network.transformer import PlainBlock
 from tests.dsnet.samples import random_images, small_supernet
 
 
@@ -43,6 +44,19 @@ def test_only_convolutions_of_single_positions_become_products() -> None:
     is_product = [isinstance(part, PointwiseConv2d) for part in fast.modules() if isinstance(part, nn.Conv2d)]
     assert is_product == [True, False, False, False, True]
     assert not any(part.training for part in fast.modules())
+
+
+@torch.no_grad()
+def test_attention_in_one_operation_gives_the_same() -> None:
+    supernet, images = small_supernet("ds_vit"), random_images(5)
+    for subnet in supernet.subnets:
+        plain = materialize(supernet, subnet)
+        expected = plain(images)
+        fast = lay_out_for_inference(plain)
+        blocks = [part for part in fast.modules() if isinstance(part, PlainBlock)]
+        assert blocks
+        assert all(block.is_fused for block in blocks)
+        torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["ds_mbnet", "ds_resnet"])

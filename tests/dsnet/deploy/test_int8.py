@@ -27,6 +27,7 @@ from dsnet.deploy.onnx_files import LISTING, needed_parts
 from dsnet.deploy.onnx_graphs import IMAGES, Names, SegmentGraphs
 from dsnet.deploy.precisions import compare_rounded, read_accuracy, store_accuracy
 from dsnet.errors import CheckpointError, ConfigError, DsnetError, VerificationError
+from dsnet.image_size import ImageSize, image_size_of
 from dsnet.measure.evaluate import GivenSegments, build_routing_table
 from dsnet.network.supernet import Supernet
 from dsnet.routers.cascade import CascadeRouter
@@ -43,15 +44,15 @@ pytestmark = pytest.mark.slow
 
 SUPERNETS: dict[str, Callable[[], Supernet]] = {
     "one gate": small_supernet,
-    "three gates": lambda: three_gate_supernet(paths=[[0, 0, 0], [0, 1, 0], [1, 0, 1]]),
+    "three gates": lambda: three_gate_supernet(image_size=(12, 20), paths=[[0, 0, 0], [0, 1, 0], [1, 0, 1]]),
 }
 KINDS = {"one gate": ("gate", "evidence_gate", "cascade"), "three gates": ("gates", "cascade")}
 
 
-def images_of(split: str, count: int, seed: int = 0) -> TensorData:
+def images_of(split: str, count: int, seed: int = 0, size: ImageSize = 16) -> TensorData:
     """A split of random images."""
-    data = tensor_data(count, split=split)
-    part = data.splits[split]._replace(images=random_pixels(count, seed=seed))
+    data = tensor_data(count, size, split=split)
+    part = data.splits[split]._replace(images=random_pixels(count, size, seed=seed))
     return replace(data, splits=MappingProxyType({split: part}))
 
 
@@ -61,7 +62,8 @@ def in_int8(path: Path, gate: TensorData | None = None) -> Path:
     assert isinstance(exporter, DataExporter)
     assert isinstance(exporter, CheckedExporter)
     folder.mkdir()
-    exporter.write_with(path, folder, gate or images_of("gate", 64))
+    size = image_size_of(load_bundle(path, engine=TORCH).image_shape)
+    exporter.write_with(path, folder, gate or images_of("gate", 64, size=size))
     assert exporter.check(path, folder) == 16
     return path
 
@@ -118,7 +120,8 @@ def test_the_dynamic_network_gives_what_the_graphs_give_by_hand(folder: Path) ->
 
 @pytest.mark.parametrize("name", SUPERNETS)
 def test_the_table_of_int8_graphs_tells_what_every_router_does(folder_of: Callable[[str], Path], name: str) -> None:
-    bundle, val = opened(folder_of(name)), images_of("val", 50, seed=4)
+    bundle = opened(folder_of(name))
+    val = images_of("val", 50, seed=4, size=image_size_of(bundle.image_shape))
     stored = stored_parts(bundle.path)
     given = GivenSegments(bundle.net.segments, needed_parts([point.router for point in stored.points]))
     table = build_routing_table(stored.supernet, val, "val", bundle.normalization, given=given)

@@ -30,7 +30,8 @@ from dsnet.errors import CheckpointError, ConfigError, DsnetError, NotFoundError
 from dsnet.files import own_digest
 from dsnet.network.supernet import Supernet
 from dsnet.routers.fixed import FixedRouter
-from dsnet.routing.table_routing import run_on_table, static_run
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import static_run
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import load_tensors, save_tensors
 from tests.dsnet.samples import (

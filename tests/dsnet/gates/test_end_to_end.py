@@ -25,6 +25,7 @@ from dsnet.gates.end_to_end import (
     GateCallbacks,
     GateImages,
     GateObjective,
+    PathCosts,
     frozen,
     seconds_per_epoch,
     sgs_targets,
@@ -36,6 +37,7 @@ from dsnet.gates.gumbel import gumbel_noise, straight_through
 from dsnet.gates.losses import complexity
 from dsnet.gates.mixing import Chooser, GatedSupernet
 from dsnet.gates.settings import EndToEndSettings, GateSettings
+from dsnet.image_size import ImageSize
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
@@ -68,7 +70,7 @@ def residual(options: dict[str, Any], seed: int = 0) -> Supernet:
     return Case("end to end", "ds_resnet", options, None).supernet(seed=seed)
 
 
-def gate_images(count: int = 24, size: int = 16) -> GateImages:
+def gate_images(count: int = 24, size: ImageSize = 16) -> GateImages:
     return GateImages(random_pixels(count, size), random_labels(count), NORMALIZATION)
 
 
@@ -199,6 +201,10 @@ def switched_madds(supernet: Supernet, path: Sequence[int], gate: int, choice: i
     return subnet_cost(supernet.spec, subnet, size).madds
 
 
+RELAXED_SIZE = (12, 20)
+"""Height and width of the images of `PlainRelaxation`."""
+
+
 class PlainRelaxation:
     """The loss near a sample, image by image and without autograd: every gate's weights are its
     one-hot sample at the heads `start`, plus what softmax has moved since. Its slope is what
@@ -248,7 +254,9 @@ class PlainRelaxation:
     def _sgs(self, row: int, heads: Sequence[Tensor]) -> float:
         """Summed over the gates on the target path, from really running it."""
         gate_settings = self.objective.settings
-        madds = {path: subnet_cost(self.supernet.spec, subnet, 16).madds for path, subnet in self.paths.items()}
+        madds = {
+            path: subnet_cost(self.supernet.spec, subnet, RELAXED_SIZE).madds for path, subnet in self.paths.items()
+        }
         small, large = min(madds, key=lambda path: madds[path]), max(madds, key=lambda path: madds[path])
         image, label = self.images[row : row + 1], int(self.labels[row])
         small_right, large_right = (
@@ -267,7 +275,7 @@ class PlainRelaxation:
     @torch.no_grad()
     def __call__(self, heads: Sequence[Tensor], choosers: Sequence[Chooser]) -> float:
         chosen = self.objective.settings
-        every = [subnet_cost(self.supernet.spec, subnet, 16).madds for subnet in self.supernet.subnets]
+        every = [subnet_cost(self.supernet.spec, subnet, RELAXED_SIZE).madds for subnet in self.supernet.subnets]
         decision = sum(gate.hidden * len(head) for gate, head in zip(self.supernet.spec.gates, heads, strict=True))
         cls = sgs = madds = 0.0
         for row in range(len(self.images)):
@@ -276,7 +284,7 @@ class PlainRelaxation:
             sgs += self._sgs(row, heads)
             for path, subnet in self.paths.items():
                 share = math.prod(float(weights[gate][choice]) for gate, choice in enumerate(path))
-                madds += share * (subnet_cost(self.supernet.spec, subnet, 16).madds + decision)
+                madds += share * (subnet_cost(self.supernet.spec, subnet, RELAXED_SIZE).madds + decision)
         count = len(self.images)
         target = min(every) + chosen.target * (max(every) - min(every))
         cost = complexity(torch.tensor(madds / count, dtype=torch.float64), target, max(every), chosen.complexity_form)
@@ -290,12 +298,12 @@ class PlainRelaxation:
 @pytest.mark.parametrize("strategy", ["try_best", "give_up"])
 def test_the_gradient_of_several_gates_is_that_of_the_soft_relaxation(options: dict[str, Any], strategy: str) -> None:
     supernet = residual(options).double()
-    images, labels = random_images(4).double(), random_labels(4)
+    images, labels = random_images(4, RELAXED_SIZE).double(), random_labels(4)
     gate = GateSettings(
         router="gates", strategy=strategy, lambda_cls=1.3, lambda_sgs=0.3, complexity_form="quadratic", target=0.4
     )
     with frozen(supernet):
-        objective = GateObjective(supernet, gate, 16)
+        objective = GateObjective(supernet, gate, RELAXED_SIZE)
         choosers = random_choosers(objective.gated, len(images), seed=5, temperature=1.5, dtype=torch.float64)
         loss = objective(images, labels, choosers)
         loss.backward()
@@ -590,6 +598,21 @@ def test_bad_settings_say_what_is_wrong() -> None:
         GateImages(random_pixels(0), random_labels(0), NORMALIZATION)
     with unchecked_shapes(), pytest.raises(ValueError, match="got 3 images and 2 labels"):
         GateImages(random_pixels(3), random_labels(2), NORMALIZATION)
+
+
+def test_the_costs_of_training_are_those_of_the_images_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[PathCosts] = []
+    count = PathCosts.of
+
+    def noted(*args: Any) -> PathCosts:
+        met.append(count(*args))
+        return met[-1]
+
+    monkeypatch.setattr(PathCosts, "of", noted)
+    supernet, size = residual(ALL_PATHS), (12, 20)
+    gate = GateSettings(router="gates", batch_size=8)
+    train_end_to_end(supernet, gate_images(8, size), gate, ONE_EPOCH)
+    assert met[0].widest == max(subnet_cost(supernet.spec, subnet, size).madds for subnet in supernet.subnets)
 
 
 def test_a_routing_space_of_one_route_trains_without_a_choice() -> None:

@@ -14,21 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsnet.errors import NonFiniteLossError
-from dsnet.gates.fit import (
-    COLLAPSE_SHARE,
-    GateFit,
-    best_pair,
-    calibrate_heads,
-    fit_gate,
-    fit_gates,
-    score_run,
-)
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.fit import GateFit, best_pair, calibrate_heads, fit_gate, fit_gates, score_run
+from dsnet.gates.settings import COLLAPSE_SHARE, GateSettings
 from dsnet.routers.cascade import CascadeRouter, LearnedCascadeRouter
 from dsnet.routers.gate import GateRouter
 from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import GateColumns, RoutingTable
-from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.routing.table_routing import run_on_table
+from dsnet.routing.table_run import TableRun
 from tests.dsnet.samples import ROUTER_KINDS, random_head, random_table
 
 QUICK = GateSettings(steps=40, batch_size=32, hidden_units=5)

@@ -12,7 +12,8 @@ from dsnet.deploy.engines import TORCH, Engine, timing_engine
 from dsnet.errors import ConfigError
 from dsnet.families import rebuild
 from dsnet.measure.engine_parts import EngineParts
-from dsnet.measure.latency import LatencyTable, Timing, device_name, measure_latency
+from dsnet.measure.latency import device_name, measure_latency
+from dsnet.measure.latency_table import LatencyTable, Timing
 from dsnet.measure.settings import MAIN_DEVICE, DeviceSettings, LatencySettings
 from tests.dsnet.measure.clocked_engine import NAME, STATIC_MS, TAIL_MS, TRUNK_MS, ClockedEngine
 from tests.dsnet.network.test_entry_gate import early_set, lively

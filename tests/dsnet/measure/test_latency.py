@@ -16,20 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsnet.errors import ConfigError
-from dsnet.measure.latency import (
-    MIN_REPEATS,
+from dsnet.measure.latency import MIN_REPEATS, LatencySamples, device_name, measure_latency, time_interleaved
+from dsnet.measure.latency_table import (
     PUBLISHED,
-    LatencySamples,
     LatencyTable,
     MachineLoad,
     Timing,
-    device_name,
     device_of,
     latency_file,
     latency_metric,
-    measure_latency,
     noise_of,
-    time_interleaved,
 )
 from dsnet.measure.settings import MAIN_DEVICE, DeviceSettings, LatencySettings
 from tests.dsnet.samples import ROUTER_KINDS, batch1_ms, small_supernet, three_gate_supernet
@@ -82,8 +78,8 @@ def test_a_short_budget_leaves_few_rounds_and_says_so() -> None:
 
 
 def test_paths_through_several_gates_are_timed_one_by_one() -> None:
-    supernet = three_gate_supernet()
-    table = measure_latency(supernet, 16, QUICK, budget_s=0.0)
+    supernet = three_gate_supernet(image_size=(12, 20))
+    table = measure_latency(supernet, (12, 20), QUICK, budget_s=0.0)
     names = [subnet.name for subnet in supernet.subnets]
     assert {size: list(row) for size, row in table.tails.items()} == {1: names, 2: names}
     assert table.subnets[1].keys() == set(names)

@@ -35,12 +35,22 @@ def spec_of(*groups: ChannelGroup) -> SupernetSpec:
 
 
 def test_a_smaller_kernel_is_the_centre_of_the_larger_one() -> None:
-    axis = Axis.kernel(0, spec_of(ChannelGroup("kernel", 7, is_kernel=True)))
+    axis = Axis.kernel(0, spec_of(ChannelGroup("kernel", 7, kind="kernel")))
     assert [axis.runs((size,)) for size in (1, 3, 5, 7)] == [[(3, 1)], [(2, 3)], [(1, 5)], [(0, 7)]]
     assert axis.narrowed((5,)).runs((3,)) == [(1, 3)]
     assert torch.equal(take(torch.arange(7.0), (axis,), (3,)), torch.tensor([2.0, 3.0, 4.0]))
     with pytest.raises(ValueError, match="a kernel of 4 pixels has no place in the centre of one of 7"):
         axis.runs((4,))
+
+
+def test_a_slice_of_a_stream_has_a_width_of_its_own() -> None:
+    spec = spec_of(ChannelGroup("stream", 8), ChannelGroup("part", 6, kind="slice"))
+    axis = Axis.slice_of(0, 1, spec)
+    assert axis.max_size == 6
+    assert axis.runs((8, 3)) == [(0, 3)]
+    assert axis.narrowed((8, 4)).max_size == 4
+    assert axis.narrowed((8, 4)).within == (0,)
+    assert axis.writers(0) == (1,), "the stream has other channels too"
 
 
 def test_a_stream_has_the_union_of_its_writers_channels() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsnet.deploy.materialize import materialize
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.layers import BN_MOMENTUM
-from tests.dsnet.cases import BANKED_CASES, CASES, FAMILIES, Case
+from tests.dsnet.cases import BANKED_CASES, BANKED_FAMILIES, CASES, Case
 from tests.dsnet.samples import random_images, small_supernet
 
 
@@ -75,7 +75,7 @@ def _times_each_batch_was_seen(updates: Tensor | None, batches: list[Tensor]) ->
     return times
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BANKED_FAMILIES)
 def test_what_is_shared_up_to_a_gate_sees_each_batch_once(family: str) -> None:
     supernet = small_supernet(family)
     recalibrate(supernet, [random_images(8), random_images(8, seed=1)])

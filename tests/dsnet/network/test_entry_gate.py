@@ -28,7 +28,7 @@ from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from tests.dsnet.cases import NEXT, TRACED, early
-from tests.dsnet.samples import NORMALIZATION, random_router, shaken, small_set, task, tensor_data
+from tests.dsnet.samples import NORMALIZATION, random_router, shaken, small_set, small_supernet, task, tensor_data
 
 
 def early_set(family: str) -> SubnetSet:
@@ -37,7 +37,7 @@ def early_set(family: str) -> SubnetSet:
 
 def lively(supernet: Supernet) -> Supernet:
     """With random weights and the statistics of the test images, so that answers differ."""
-    recalibrate(shaken(supernet), [NORMALIZATION.apply(tensor_data(40).images("val"))])
+    recalibrate(shaken(supernet), [NORMALIZATION.apply(tensor_data(40, supernet.spec.image_size).images("val"))])
     return supernet.eval()
 
 
@@ -46,8 +46,11 @@ SUPERNETS: dict[str, Callable[[], Supernet]] = {
     "three gates": lambda: rebuild(early_set("ds_resnet")),
     "inside a plain network": lambda: create(TRACED[0], task(), {"gates": ["pool"], "step": 2}),
     "norms over the channels": lambda: create(NEXT, task(), {"gates": ["features.1"], "ratios": [0.5, 1], "step": 2}),
+    "tokens": lambda: small_supernet("ds_vit"),
     "entry and inside": lambda: create(
-        TRACED[0], task(), {"gates": ["entry", "pool"], "ratios": [0.5, 1], "paths": "all", "step": 2}
+        TRACED[0],
+        task(image_size=(12, 20)),
+        {"gates": ["entry", "pool"], "ratios": [0.5, 1], "paths": "all", "step": 2},
     ),
 }
 
@@ -56,7 +59,8 @@ SUPERNETS: dict[str, Callable[[], Supernet]] = {
 @pytest.mark.parametrize("name", SUPERNETS)
 @torch.no_grad()
 def test_table_cascade_bundle_and_dynamic_inference_equal_the_network_image_by_image(tmp_path: Path, name: str) -> None:
-    supernet, data = lively(SUPERNETS[name]()), tensor_data(40)
+    supernet = lively(SUPERNETS[name]())
+    data = tensor_data(40, supernet.spec.image_size)
     pixels = data.images("val")
     images = NORMALIZATION.apply(pixels)
     table = build_routing_table(supernet, data, "val", NORMALIZATION)

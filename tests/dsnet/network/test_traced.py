@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsnet.deploy.materialize import materialize
 from dsnet.errors import ConfigError
 from dsnet.families import Task, create, layout
+from dsnet.image_size import ImageSize, height_and_width
 from dsnet.network.channels import TracedGraph, analyse, pinned_spaces
 from dsnet.network.plain import make_plain
 from dsnet.network.traced import TracedSupernet
@@ -22,7 +23,7 @@ from tests.dsnet import nets
 from tests.dsnet.cases import NEXT, TRACED
 from tests.dsnet.samples import task
 
-SIZES = (8, 16, 23)
+SIZES = (8, 16, (23, 30))
 ZOO_MADDS = {  # conv + linear, 224 x 224, 1,000 classes
     "resnet18": 1814.1,
     "resnet50": 4089.2,
@@ -40,7 +41,7 @@ def shaken(plain: nn.Module) -> nn.Module:
     return plain.eval()
 
 
-def supernet_of(model: str, plain: nn.Module, image_size: int = 16, channels: int = 3) -> TracedSupernet:
+def supernet_of(model: str, plain: nn.Module, image_size: ImageSize = 16, channels: int = 3) -> TracedSupernet:
     """The supernet with the weights of the plain module."""
     supernet = create(model, Task(10, channels, image_size), seed=1)
     assert isinstance(supernet, TracedSupernet)
@@ -48,15 +49,15 @@ def supernet_of(model: str, plain: nn.Module, image_size: int = 16, channels: in
     return supernet.eval()
 
 
-def images(size: int, channels: int = 3) -> Tensor:
-    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(2))
+def images(size: ImageSize, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, *height_and_width(size), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("model", [*TRACED, NEXT])
 @torch.no_grad()
-def test_the_widest_is_the_plain_network(model: str, size: int, channels: int) -> None:
+def test_the_widest_is_the_plain_network(model: str, size: ImageSize, channels: int) -> None:
     plain = shaken(make_plain(model, 10, channels, 0))
     supernet = supernet_of(model, plain, size, channels)
     x = images(size, channels)
@@ -100,7 +101,7 @@ def _masked(model: str, plain: nn.Module, supernet: TracedSupernet, subnet: Subn
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("model", [*TRACED, NEXT])
 @torch.no_grad()
-def test_a_cut_network_is_plain_and_equals_the_slice(model: str, size: int) -> None:
+def test_a_cut_network_is_plain_and_equals_the_slice(model: str, size: ImageSize) -> None:
     supernet = supernet_of(model, shaken(make_plain(model, 10, 3, 0)), size)
     x = images(size)
     for subnet in supernet.subnets:
@@ -112,13 +113,13 @@ def test_a_cut_network_is_plain_and_equals_the_slice(model: str, size: int) -> N
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("model", [*TRACED, NEXT])
 @torch.no_grad()
-def test_costs_are_those_of_a_counted_forward(model: str, size: int) -> None:
+def test_costs_are_those_of_a_counted_forward(model: str, size: ImageSize) -> None:
     supernet = supernet_of(model, shaken(make_plain(model, 10, 3, 0)), size)
     for subnet in supernet.subnets:
         check_cost(supernet, subnet, size)
 
 
-def check_cost(supernet: TracedSupernet, subnet: Subnet, size: int) -> None:
+def check_cost(supernet: TracedSupernet, subnet: Subnet, size: ImageSize) -> None:
     """The formula's MAdds and parameters are those of a counted forward of the cut network."""
     cut = materialize(supernet, subnet)
     with FlopCounterMode(display=False) as counter:
@@ -194,9 +195,12 @@ def test_an_import_path_needs_permission(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-def test_an_image_that_is_too_small_is_refused_with_its_size() -> None:
-    with pytest.raises(ConfigError, match="does not run on an image of 3 x 8 x 8"):
-        layout("vgg11_bn", Task(10, 3, 8))
+def test_an_image_that_is_too_small_is_refused_with_its_size(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"VGG does not run on an image of 3 x 8 x 64: .*Output size is too small; choose"
+    ):
+        layout("vgg11_bn", Task(10, 3, (8, 64)))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow
@@ -216,13 +220,14 @@ def test_the_zoo_has_the_published_costs(model: str, madds_m: float) -> None:
 @torch.no_grad()
 def test_a_network_of_the_zoo_is_sliced_cut_and_counted_exactly(model: str) -> None:
     plain = shaken(make_plain(model, 10, 3, 0))
-    supernet = supernet_of(model, plain, 64)
-    x = images(64)
+    size = (64, 40)
+    supernet = supernet_of(model, plain, size)
+    x = images(size)
     torch.testing.assert_close(supernet(x, supernet.subnets.largest), plain(x), rtol=1e-5, atol=1e-4)
     narrow = supernet.subnets[0]
     cut = materialize(supernet, narrow)
     torch.testing.assert_close(cut(x), supernet(x, narrow), rtol=1e-5, atol=1e-4)
-    assert subnet_cost(supernet.spec, narrow, 64).params == sum(p.numel() for p in cut.parameters())
+    assert subnet_cost(supernet.spec, narrow, size).params == sum(p.numel() for p in cut.parameters())
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -258,9 +263,9 @@ def test_layers_of_a_kind_that_is_sliced_run_as_they_are_where_their_input_is_no
     check_cost(supernet, narrow, 16)
 
 
-@pytest.mark.parametrize("size", [16, 23])
+@pytest.mark.parametrize("size", [16, (23, 18)])
 @torch.no_grad()
-def test_a_norm_over_the_channels_has_those_of_the_sub_network(size: int) -> None:
+def test_a_norm_over_the_channels_has_those_of_the_sub_network(size: ImageSize) -> None:
     """A slice is the plain network of the smaller widths with the first weights of each layer."""
     torch.manual_seed(0)
     plain = nets.ConvNext(10, 3).eval()

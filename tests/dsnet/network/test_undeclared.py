@@ -26,7 +26,9 @@ def foreign(supernet: Supernet) -> Subnet:
     spec = supernet.spec
     first = next(number for number, group in enumerate(spec.groups) if not group.pinned)
     taken = {subnet.widths[first] for subnet in supernet.subnets.all}
-    widths = [group.max_width if group.pinned else max(1, group.max_width - 1) for group in spec.groups]
+    widths = [
+        group.max_width if group.is_fixed or group.is_size else max(1, group.max_width - 1) for group in spec.groups
+    ]
     widths[first] = next(width for width in range(1, spec.groups[first].max_width) if width not in taken)
     return subnet_at(spec, widths)
 

@@ -100,7 +100,8 @@ def assert_evidence_equals_each_path_alone(table: RoutingTable, supernet: Supern
                 with torch.no_grad():
                     output = supernet.upto_gate(gate, x, subnet)
                 node = branches.node_of[route]
-                stream = output.gate_input[0].double().flatten(1).numpy()
+                seen = output.gate_input[0].double()
+                stream = (seen.T if seen.ndim == 2 else seen.flatten(1)).numpy()  # tokens have channels last
                 expected = {
                     "mean": stream.mean(1),
                     "deviation": stream.std(1),

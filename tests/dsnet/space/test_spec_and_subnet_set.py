@@ -15,6 +15,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from tests.dsnet.cases import CASES, FAMILIES, Case
+from tests.dsnet.kernels import kernel_set
 from tests.dsnet.samples import SMALL_OPTIONS, small_set, task
 
 
@@ -26,6 +27,18 @@ def test_spec_and_set_survive_json(case: Case) -> None:
     assert spec == subnets.spec
     assert spec.fingerprint == subnets.spec.fingerprint
     assert again == subnets
+
+
+def test_a_square_is_stored_as_a_number_and_another_shape_as_two() -> None:
+    spec = small_set("ds_tiny").spec
+    assert replace(spec, image_size=(16, 16)).to_json() == spec.to_json()
+    assert spec.to_json()["image_size"] == 16
+    oblong = replace(spec, image_size=[12, 20])  # type: ignore[arg-type]
+    assert json.loads(json.dumps(oblong.to_json()))["image_size"] == [12, 20]
+    assert SupernetSpec.from_json(json.loads(json.dumps(oblong.to_json()))) == oblong
+    assert len({each.fingerprint for each in (spec, oblong, replace(spec, image_size=(20, 12)))}) == 3
+    with pytest.raises(CheckpointError, match="image_size is"):
+        SupernetSpec.from_json({**spec.to_json(), "image_size": [1, 2, 3]})
 
 
 def test_fingerprint_tells_specs_apart() -> None:
@@ -55,6 +68,18 @@ def test_stored_members_that_do_not_fit_are_a_checkpoint_error() -> None:
     data["members"][0]["widths"] = [1, 2]
     with pytest.raises(CheckpointError, match="2 widths"):
         SubnetSet.from_json(subnets.spec, data)
+
+
+def test_a_spec_from_before_the_kinds_is_read_and_unset_fields_are_left_out() -> None:
+    """Then there were channels and kernels."""
+    data = kernel_set().spec.to_json()
+    assert [set(group) for group in data["groups"]] == [{"name", "max_width"}] * 2 + [{"name", "max_width", "kind"}]
+    old = json.loads(json.dumps(data))
+    del old["groups"][2]["kind"]
+    old["groups"][2]["is_kernel"] = True
+    old["groups"][0]["is_kernel"] = False
+    assert SupernetSpec.from_json(old) == kernel_set().spec
+    assert not {"when", "out_repeat"} & set().union(*(set(op) for op in data["ops"]))
 
 
 def test_spec_with_an_unknown_field_is_a_checkpoint_error() -> None:

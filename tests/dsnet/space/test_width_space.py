@@ -45,6 +45,28 @@ def test_widths_are_multiples_from_the_smallest_share_and_the_whole_group(
     assert WidthSpace(min_share, step).options(spec_of(width)) == (options,)
 
 
+@pytest.mark.parametrize(
+    ("levels", "options"),
+    [
+        (None, ((24,), (1, 2, 3), (2, 3, 4, 5, 6), (12, 16, 20, 24))),
+        (3, ((24,), (1, 2, 3), (2, 4, 6), (16, 24))),
+        (1, ((24,), (3,), (6,), (24,))),
+    ],
+)
+def test_heads_and_blocks_are_counted_one_by_one_and_choices_are_kept(
+    levels: int | None, options: tuple[tuple[int, ...], ...]
+) -> None:
+    groups = (
+        ChannelGroup("stream", 24, choices=(24,)),
+        ChannelGroup("heads", 3, kind="heads"),
+        ChannelGroup("depth", 6, kind="depth"),
+        ChannelGroup("mlp", 24, choices=(4, 12, 16, 20, 24)),
+        ChannelGroup("kernel", 7, kind="kernel"),
+    )
+    spec = SupernetSpec("toy", 10, 3, 8, groups, (), ())
+    assert WidthSpace(0.3, 8, levels).options(spec) == (*options, (3, 5, 7))
+
+
 def test_a_pinned_group_keeps_its_width() -> None:
     space, spec = WidthSpace(0.25, 4), spec_of(16, 24, 8, pinned=1)
     assert space.options(spec) == ((4, 8, 12, 16), (24,), (4, 8))

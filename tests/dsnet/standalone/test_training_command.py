@@ -28,8 +28,9 @@ from dsnet.data.tensors import TensorData
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError, StoppedError
 from dsnet.files import read_json
 from dsnet.measure.evaluate import build_routing_table, measure_subnets, subnet_accuracy
-from dsnet.measure.latency import LatencyTable
+from dsnet.measure.latency_table import LatencyTable
 from dsnet.routing.routing_table import RoutingTable
+from dsnet.space.cost import subnet_cost
 from dsnet.standalone import __main__ as command
 from dsnet.standalone import stages as standalone
 from dsnet.standalone.output_folder import OutputFolder
@@ -37,6 +38,7 @@ from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.standalone.stages import run_standalone
 from dsnet.stored.checkpoint import load_supernet, save_supernet
 from dsnet.strict_json import read_strictly
+from tests.full_disk import FullDisk
 
 CONFIG: dict[str, Any] = {
     "seed": 5,
@@ -49,6 +51,10 @@ CONFIG: dict[str, Any] = {
     },
     "measure": {"repeats": 1, "warmup": 0, "batch_sizes": [1], "group_sizes": [1, 2]},
 }
+
+
+NUM_WRITES = "num_writes"
+"""Name of the file beside the output of `at_once` with its number of writes."""
 
 
 def changed(**paths: Any) -> dict[str, Any]:
@@ -114,7 +120,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def at_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("at-once") / "out"
-    assert run_standalone(config(), out, device="cpu").is_done("table")
+    disk = FullDisk(out, 10**9)
+    with disk.installed():
+        assert run_standalone(config(), out, device="cpu").is_done("table")
+    (out.parent / NUM_WRITES).write_text(str(disk.num_writes))
     return out
 
 
@@ -136,6 +145,21 @@ def test_the_results_are_those_of_the_pipeline_s_functions(at_once: Path, tmp_pa
     latency = LatencyTable.from_json(read_json(at_once / "measure" / "latency.json"))
     assert set(latency.subnets) == {1}
     assert set(latency.tails) == {1, 2}
+
+
+def test_images_that_are_no_squares_are_trained_measured_and_tabled(tmp_path: Path) -> None:
+    settings = config(data__image_size=[8, 12], data__limit=60, supernet__train__epochs=1)
+    assert StandaloneConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    folder = run_standalone(settings, tmp_path / "out", device="cpu")
+    supernet, _ = load_supernet(folder.supernet / "final")
+    assert supernet.spec.image_size == (8, 12)
+    costs = [subnet_cost(supernet.spec, subnet, (8, 12)).madds for subnet in supernet.subnets]
+    table = RoutingTable.load(folder.path / "table" / "val.safetensors")
+    assert table.madds.tolist() == costs
+    measured = read_json(folder.measure / "subnets.json")
+    assert str(costs[-1]) in json.dumps(measured)
+    latency = LatencyTable.from_json(read_json(folder.measure / "latency.json"))
+    assert set(latency.tails[2]) == {subnet.name for subnet in supernet.subnets}
 
 
 def test_the_manifest_records_mkls_mode(at_once: Path) -> None:
@@ -670,3 +694,41 @@ def test_a_killed_process_is_continued_to_the_same_bits(
     assert seen(tmp_path / "out")
     assert call(tmp_path, "--device", "cpu") == 0
     assert results(tmp_path / "out") == results(at_once)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.45, 0.85])
+def test_a_full_disk_is_said_and_the_call_afterwards_ends_with_the_same_bits(
+    at_once: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+) -> None:
+    num_writes = int((at_once.parent / NUM_WRITES).read_text())
+    disk = FullDisk(tmp_path / "out", int(share * num_writes))
+    with disk.installed():
+        code = call(tmp_path, "--device", "cpu")
+    assert disk.failed
+    told = capsys.readouterr().err
+    has_begun = (tmp_path / "out" / "manifest.json").exists()
+    assert has_begun == (share > 0)
+    assert code == (6 if has_begun else 3)
+    assert [line for line in told.splitlines() if line.startswith("error: ")] == [
+        line for line in told.splitlines() if "No space left on device" in line and str(tmp_path / "out") in line
+    ]
+    assert told.count("error: ") == 1
+    assert ("repeat the command" in told) == has_begun
+    assert call(tmp_path, "--device", "cpu") == 0
+    assert results(tmp_path / "out") == results(at_once)
+
+
+def test_a_call_leaves_its_reserve_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(tmp_path, "--min-free-mib", "1000000000") == 3
+    told = capsys.readouterr().err
+    assert "1,000,000,000 MiB" in told
+    assert "--min-free-mib" in told
+    assert not (tmp_path / "out").exists()
+    assert call(tmp_path, "--min-free-mib", "-1") == ConfigError.exit_code
+    free = iter([300] * 8)
+    monkeypatch.setattr("dsnet.disk_room.free_bytes", lambda path: next(free, 100) * 2**20)
+    assert call(tmp_path) == 6
+    assert f"{tmp_path}/out has 100 MiB free, but --min-free-mib asks for 256 MiB" in capsys.readouterr().err

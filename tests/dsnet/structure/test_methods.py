@@ -129,6 +129,30 @@ class TestAnyMethod:
         for member in result(structure_method(name), problem).members:
             assert member.widths[:shared] == problem.widest[:shared]
 
+    def test_heads_and_blocks_are_counted_one_by_one_and_choices_kept(self, name: str) -> None:
+        if name in ("declared", "list", OWN):
+            return  # as written
+        further = {"score": "weight_l1"} if name == "multi_base" else {}
+        options = {"patch": 4, "dim": 24, "heads": 3, "depth": 5, "mlp_ratio": 2, "slices": ["heads", "mlp", "depth"]}
+        settings = {**SETTINGS[name], **further, "targets": (0.5, 0.8), "step": 8, "min_share": 0.1, "pin": "gate"}
+        problem = problem_of("ds_vit", options=options, method=name, **settings)
+        check_structure(problem)
+        found = result(structure_method(name), problem, rebuild(problem.subnets).eval())
+        possible = problem.options(None)
+        for member in found.members:
+            problem.spec.check(member)
+            assert all(width in own for width, own in zip(member.widths, possible, strict=True))
+        changed = {
+            group.kind
+            for member in found.members
+            for group, width in zip(problem.spec.groups, member.widths, strict=True)
+            if width < group.max_width
+        }
+        assert changed & {"heads", "depth"}
+        assert "slice" not in changed, "the part of the stream is not among slices"
+        if name == "progressive":
+            assert "depth" not in changed, "no score says how much a block matters"
+
     def test_the_same_trace_and_result_after_a_kill_at_any_line_and_with_any_number_of_scorers(
         self, name: str, tmp_path: Path
     ) -> None:
@@ -528,8 +552,8 @@ def test_a_scorer_that_gives_too_little_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["ds_tiny", NET])
-def test_from_a_base_to_the_joint_training(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "order"), [("ds_tiny", "bn_gamma"), (NET, "bn_gamma"), ("ds_vit", "weight_l1")])
+def test_from_a_base_to_the_joint_training(family: str, order: str, tmp_path: Path) -> None:
     """The whole stage in one process: hold-out, base, order, search, and the start weights of the
     set."""
     problem = problem_of(
@@ -539,7 +563,7 @@ def test_from_a_base_to_the_joint_training(family: str, tmp_path: Path) -> None:
         targets=(0.4, 0.7),
         levels=3,
         pin="gate",
-        order="bn_gamma",
+        order=order,
         holdout=0.25,
     )
     pixels, labels = random_pixels(64), random_labels(64)

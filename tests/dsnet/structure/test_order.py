@@ -19,7 +19,7 @@ from dsnet.network.supernet import Supernet, restrict
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.structure import noise
-from dsnet.structure.filters import order_groups
+from dsnet.structure.filters import order_groups, why_kept
 from dsnet.structure.order import (
     Orders,
     channel_orders,
@@ -31,13 +31,13 @@ from dsnet.structure.order import (
 )
 from dsnet.structure.search import sorted_start
 from dsnet.structure.settings import BY_IMAGES
-from tests.dsnet.cases import BANKED_CASES, CASES, NEXT, Case
+from tests.dsnet.cases import BANKED_CASES, CASES, NEXT, TRANSFORMER, Case
 from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, task, without_dropout
 from tests.dsnet.structure.problems import NET, masked_network, network, problem_of
 
 QUICK = [
     pytest.param(case, id=str(case), marks=pytest.mark.slow if "bottleneck" in str(case) else ())
-    for case in BANKED_CASES
+    for case in (*BANKED_CASES, *(case for case in CASES if case.family == TRANSFORMER))
 ]
 PADDED = next(case for case in CASES if str(case) == "ds_resnet-padded")
 
@@ -48,7 +48,7 @@ def any_orders(supernet: Supernet, seed: int = 0, keep: bool = False) -> Orders:
     groups = supernet.spec.groups
     orders = list(no_order(supernet))
     for stream in order_groups(supernet):
-        if any(groups[group].pinned for group in stream):
+        if any(why_kept(groups[group]) for group in stream):
             continue
         ends = {groups[group].max_width for group in stream}
         if keep:

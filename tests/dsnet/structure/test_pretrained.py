@@ -24,7 +24,8 @@ from dsnet.data.splits import Splits, make_splits
 from dsnet.families import Task, layout
 from dsnet.network.plain import make_plain
 from dsnet.network.supernet import Supernet
-from dsnet.stored.checkpoint import STRUCTURE, load_supernet
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.stored.names import FINAL, STRUCTURE
 from dsnet.structure import noise
 from dsnet.structure.method import Base, StructureProblem
 from dsnet.structure.scoring import HoldOutScorer
@@ -32,7 +33,7 @@ from dsnet.structure.search import load_structure
 from dsnet.structure.settings import BY_IMAGES, StructureSettings
 from dsnet.structure.stage import BASES, StructureWork
 from dsnet.training.start import first_weights, load_start
-from dsnet.training.supernet import FINAL, train_supernet
+from dsnet.training.supernet import train_supernet
 from tests.dsnet.samples import small_run
 from tests.dsnet.structure.problems import NET
 

@@ -163,7 +163,7 @@ def test_noise_that_a_channel_tolerates_is_what_it_can_tell(monkeypatch: pytest.
 
 def test_a_kernel_keeps_its_size() -> None:
     problem = toy(8, 8, method="progressive", targets=(0.5, 1.0))
-    spec = replace(problem.spec, groups=(*problem.spec.groups, ChannelGroup("size", 5, is_kernel=True)))
+    spec = replace(problem.spec, groups=(*problem.spec.groups, ChannelGroup("size", 5, kind="kernel")))
     with_kernel = replace(problem, subnets=SubnetSet(spec, (Subnet("all", (8, 8, 5)),)))
     assert with_kernel.options(None)[2] == (1, 3, 5)
     check_structure(with_kernel)

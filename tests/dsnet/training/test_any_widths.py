@@ -18,9 +18,10 @@ from dsnet.families import create
 from dsnet.network.supernet import Supernet
 from dsnet.space.width_space import WidthSpace
 from dsnet.stored.checkpoint import load_checkpoint
+from dsnet.stored.names import checkpoint_stems
 from dsnet.training.curves import UNDECLARED
 from dsnet.training.settings import REGIMES, Regime, Teacher, TrainSettings
-from dsnet.training.supernet import TrainingCallbacks, _Session, checkpoint_stems, train_supernet
+from dsnet.training.supernet import TrainingCallbacks, _Session, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from tests.dsnet.cases import FAMILIES
 from tests.dsnet.samples import SMALL_OPTIONS, random_labels, random_pixels, small_run, task

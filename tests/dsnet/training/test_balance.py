@@ -18,7 +18,7 @@ from dsnet.data.settings import Augmentation
 from dsnet.data.training_images import InMemoryImages
 from dsnet.families import create
 from dsnet.metrics import balanced_top1, find_metric, top1_by_class
-from dsnet.routing.table_routing import static_run
+from dsnet.routing.table_run import static_run
 from dsnet.training.balance import class_weights, epoch_order
 from dsnet.training.losses import distillation, soft_cross_entropy
 from dsnet.training.settings import TrainSettings

@@ -20,11 +20,12 @@ from dsnet.families import create, rebuild
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_checkpoint, load_supernet
+from dsnet.stored.names import checkpoint_stems
 from dsnet.training.losses import scale_penalty
 from dsnet.training.optimization import learning_rate, make_optimizer
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
 from dsnet.training.step import StepPlan
-from dsnet.training.supernet import STUDENT_VIEW, TrainingCallbacks, _Session, checkpoint_stems, train_supernet
+from dsnet.training.supernet import STUDENT_VIEW, TrainingCallbacks, _Session, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker
 from tests.dsnet.samples import (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import Answer
-from search.front.points import load_points
+from search.front.points_file import load_points
 from tests.orchestration.samples import SWEEP, WITHOUT_MLFLOW
 
 RUN = Path("runs", "tiny")

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
 from orchestration.cli import cli
-from search.front.points import load_points, trial_name
+from search.front.points import trial_name
+from search.front.points_file import load_points
 from tests.orchestration.samples import SWEEP, TINY, Finished, call, results_in, snapshot, write_sweep
 
 COMMANDS = sorted(cli.commands)

@@ -95,24 +95,42 @@ def test_a_checkpoint_that_does_not_fit_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_as_many_classes_as_the_classifier_has_need_not_be_told(tmp_path: Path, released: Path) -> None:
-    answer = call(tmp_path, "import-checkpoint", str(released), "--image-size", str(SIZE))
+    answer = call(tmp_path, "import-checkpoint", str(released), "--image-size", "16x24")
     assert answer.code == 0, answer.err
-    assert f"{NUM_CLASSES} classes" in answer.err
+    assert f"MAdds at 16 x 24 pixels (height x width), {NUM_CLASSES} classes" in answer.err
+    assert load_config(tmp_path / answer.out.strip()).config.data.image_size == (16, 24)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (("--image-size", "4"), 2, "data.image_size: must be at least 8; got 4"),
-        (("--image-size", "1000"), 2, "data.image_size: must be at most 512; got 1000"),
+        (
+            ("--image-size", "4"),
+            2,
+            "data.image_size: expected the side of a square or [HEIGHT, WIDTH], in pixels from 8 to 512",
+        ),
+        (("--image-size", "1000"), 2, "in pixels from 8 to 512, or null; got 1000"),
+        (("--image-size", "8x"), 2, "'8x' is not a number of pixels or HEIGHTxWIDTH, such as 224 or 192x256"),
         (("--name", "two words"), 2, "name: 'two words' is not a valid name"),
         (("--data", "$NOT_SET_ANYWHERE/images"), 2, "the environment variable NOT_SET_ANYWHERE is not set"),
         (("--classes", "0"), 2, "--classes"),
-        (("--out", "model_best.pth.tar"), 3, "--out model_best.pth.tar: cannot be used (it is a file); choose another"),
-        (("--out", "model_best.pth.tar/in"), 3, "cannot be used (Not a directory); choose another"),
+        (
+            ("--out", "model_best.pth.tar"),
+            3,
+            "cannot write model_best.pth.tar: a part of its path is not a folder (it is a file)",
+        ),
+        (
+            ("--out", "model_best.pth.tar/in"),
+            3,
+            "a part of its path is not a folder (Not a directory). Use another folder",
+        ),
         (("--out", f"{'long' * 100}"), 2, "name: 'long"),
-        (("--name", "fine", "--out", f"{'long' * 100}"), 3, "cannot be used (File name too long); choose another"),
+        (
+            ("--name", "fine", "--out", f"{'long' * 100}"),
+            3,
+            "its path is too long (File name too long). Use a folder with a shorter path",
+        ),
     ],
 )
 def test_what_a_launch_would_refuse_is_refused_before_anything_is_written(

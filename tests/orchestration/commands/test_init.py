@@ -46,8 +46,17 @@ def test_the_file_fits_the_folder_and_is_planned_as_it_is(tmp_path: Path) -> Non
     assert (config.supernet.model, config.supernet.options["stem"]) == ("ds_resnet", "large")
     assert config.supernet.train.epochs is None
     text = file.read_text(encoding="utf-8")
-    for told in ("40 pictures in 2 classes, 70 x 90 pixels, grey", "cats 31, dogs 9", "unbalanced", "train 22"):
+    for told in (
+        "40 pictures in 2 classes, 90 x 70 pixels (height x width), grey",
+        "cats 31, dogs 9",
+        "unbalanced",
+        "train 22",
+    ):
         assert told in text
+    (whole,) = re.findall(r"(?m)^  # image_size: (\[.*\])    # ", text)
+    assert json.loads(whole) == [84, 64], "the shape of all pictures"
+    taller = call(tmp_path, "plan", file.name, "--dry", "--set", f"data.image_size={whole}")
+    assert "84 x 64 pixels (height x width), 3 channels: train 22" in " ".join(taller.out.split()), taller.err
     plan = call(tmp_path, "plan", file.name, "--dry", "--json").json
     assert plan["data"]["num_images"] == {"train": 22, "gate": 6, "val": 6, "test": 6}
     assert plan["data"]["classes"] == ["cats", "dogs"]

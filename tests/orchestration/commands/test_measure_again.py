@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dsnet.measure.latency import MachineLoad
+from dsnet.measure.latency_table import MachineLoad
 from orchestration.commands.measure_again import study_sentence
-from orchestration.results.report import timing_doubt, widths_of
+from orchestration.results.report import widths_of
+from orchestration.results.timing_doubt import timing_doubt
 from tests.orchestration.samples import Finished, call, results_in
 
 pytestmark = pytest.mark.ray

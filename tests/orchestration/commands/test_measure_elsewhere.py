@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from dsnet.measure.latency import DECIDE, PUBLISHED, TRUNK, LatencySamples, LatencyTable, Timing
+from dsnet.measure.latency import DECIDE, TRUNK, LatencySamples
+from dsnet.measure.latency_table import PUBLISHED, LatencyTable, Timing
 from orchestration.commands.measure_elsewhere import front_sentence
 from orchestration.results.elsewhere import fronts_of, store_timing, stored_timings
 from search.front.latency_front import TimedPoint

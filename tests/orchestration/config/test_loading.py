@@ -160,6 +160,16 @@ def test_a_wrong_override_is_quoted(sweep: Path, override: str, message: str) ->
     assert message in complaint(sweep, HEAD, overrides=[override])
 
 
+def test_a_network_that_cannot_take_the_images_is_blamed_itself(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("VGG does not run on an image of 3 x 8 x 64: too small; choose another data.image_size")
+
+    monkeypatch.setattr("orchestration.config.loading._check_options", refuse)
+    told = complaint(sweep, HEAD, overrides=["data.image_size=[8,64]"])
+    assert "supernet.model: VGG does not run on an image of 3 x 8 x 64: too small; choose another" in told
+    assert "options" not in told
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

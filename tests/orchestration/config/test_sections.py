@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from dsnet.data.settings import DataSettings
 from dsnet.settings import LARGEST_RATE
 from dsnet.training.settings import REGIMES, Regime, TrainSettings
 from orchestration.config.distribution import Distribution
@@ -188,6 +189,10 @@ def test_every_setting_is_described_for_the_editor() -> None:
         ({"version": True}, ("version",)),
         ({"version": 1.0}, ("version",)),
         ({"data": {"name": "digits", "image_size": 7}}, ("data", "image_size")),
+        ({"data": {"name": "digits", "image_size": [8, 7]}}, ("data", "image_size")),
+        ({"data": {"name": "digits", "image_size": [8, 8, 8]}}, ("data", "image_size")),
+        ({"data": {"name": "digits", "image_size": [8.0, 9]}}, ("data", "image_size")),
+        ({"data": {"name": "digits", "image_size": "8x9"}}, ("data", "image_size")),
         ({"data": {"name": "digits", "limit": 0}}, ("data", "limit")),
         ({"data": {"name": "digits", "splits": {"val": 1.0}}}, ("data", "splits", "val")),
         ({"data": {"name": "digits", "splits": {"val": True}}}, ("data", "splits", "val")),
@@ -686,6 +691,15 @@ def test_an_absolute_target_goes_without_a_relative_one() -> None:
 def test_a_slimming_head_can_be_trained_end_to_end(router: str) -> None:
     assert build(gate={"trainer": "end_to_end", "router": router})
     assert build(gate={"trainer": "end_to_end", "router": "cascade"}, space={"gate.router": {"choice": [router]}})
+
+
+@pytest.mark.parametrize(("written", "size"), [(16, 16), ([16, 16], 16), ([16, 24], (16, 24)), (None, None)])
+def test_an_image_size_has_one_form_however_it_is_written(written: object, size: object) -> None:
+    config = build(data={"name": "digits", "image_size": written})
+    assert config.data.image_size == size
+    assert type(config.data.image_size) is type(size)
+    assert SweepConfig.model_validate(parse_yaml(to_yaml(config), "resolved").data) == config
+    assert DataSettings(name="digits", image_size=written).image_size == size  # type: ignore[arg-type]
 
 
 def test_the_crop_is_in_the_fingerprint_of_the_images_and_in_no_stage() -> None:

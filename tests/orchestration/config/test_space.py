@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from dsnet.errors import ConfigError
 from dsnet.gates.fit import fit_gates
-from dsnet.measure.latency import latency_metric
+from dsnet.measure.latency_table import latency_metric
 from orchestration.config.distribution import Distribution, thawed
 from orchestration.config.gate import GateConfig
 from orchestration.config.presets import BUILT_IN_PRESETS

@@ -32,7 +32,7 @@ from dsnet.routers.fixed import FixedRouter
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from orchestration.commands.planning import prepare_again
 from orchestration.pipeline.claims import bundle_claims
 from orchestration.pipeline.export import CLEAR_LEAD, example_rows, link_knee, router_facts

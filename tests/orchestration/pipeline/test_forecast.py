@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsnet.measure.latency import MachineLoad
+from dsnet.measure.latency_table import MachineLoad
 from dsnet.training import trial_run as trial_run_module
 from dsnet.training.trial_run import TrialRun
 from orchestration.commands.planning import make_plan

@@ -28,8 +28,9 @@ from orchestration.progress import read_task_state
 from orchestration.runs.folder import mlflow_store_uri
 from orchestration.runs.manifest import Manifest
 from orchestration.tracking.rows import current_uids, trial_row
-from search.front.analysis import front_slots
-from search.front.points import load_points, trial_name
+from search.front.points import trial_name
+from search.front.points_file import load_points
+from search.front.selection import front_slots
 from tests.dsnet.samples import batch1_ms
 from tests.orchestration.samples import (
     LOOPBACK,

@@ -13,7 +13,7 @@ import pytest
 
 from dsnet.errors import CheckpointError
 from dsnet.files import file_sha256, read_json
-from dsnet.measure.latency import LatencyTable
+from dsnet.measure.latency_table import LatencyTable
 from dsnet.standalone.output_folder import RESULT_VERSIONS, OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.standalone.stages import run_standalone

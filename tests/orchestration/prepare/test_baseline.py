@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dsnet.gates.fit import GateFit, fit_gate, fit_gates, score_run
-from dsnet.measure.latency import LatencyTable, Timing
+from dsnet.measure.latency_table import LatencyTable, Timing
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table

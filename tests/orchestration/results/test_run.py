@@ -28,7 +28,8 @@ from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDir
 from search.front.pareto import hypervolume
-from search.front.points import save_points, trial_name
+from search.front.points import trial_name
+from search.front.points_file import save_points
 from search.gate_trial import arrays_of
 from tests.dsnet.samples import ROUTER_KINDS, random_table
 from tests.orchestration.samples import Finished, results_in

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsnet.errors import CheckpointError, PreflightError
+from dsnet.errors import CheckpointError, StorageError
 from orchestration.runs.queue import append_points, read_queue
 
 POINT = {"gate.target": 0.25, "gate.router": "cascade", "gate.routing.last": 3}
@@ -80,6 +80,6 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_queue_as_it_was(path: 
     with pytest.raises(ValueError, match="not JSON compliant"):
         append_points(path, [{"gate.target": float("nan")}])
     assert params(path) == [POINT]
-    with pytest.raises(PreflightError, match="cannot open the folder"):
+    with pytest.raises(StorageError, match="missing: it, or its folder, is not there"):
         append_points(path.parent / "missing" / "queue.jsonl", [POINT])
     assert json.loads(path.read_text())["params"] == POINT

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dsnet.errors import CheckpointError, ConfigError, LockedError, NotFoundError, PreflightError
+from dsnet.errors import CheckpointError, ConfigError, LockedError, NotFoundError, PreflightError, StorageError
 from dsnet.files import atomic_write_json, atomic_write_text, read_json
 from orchestration.runs.folder import RunDir, list_runs, mlflow_store_uri
 from orchestration.runs.lock import DriverLock, LockHolder, read_lock
@@ -303,7 +303,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
     path = tmp_path / "manifest.json"
     atomic_write_text(path, "old")
     monkeypatch.setattr(os, failing, full)
-    with pytest.raises(CheckpointError, match=r"manifest\.json: No space left on device\. Free some space"):
+    with pytest.raises(
+        StorageError, match=r"cannot write .*manifest\.json: the disk is full \(No space left on device"
+    ):
         atomic_write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

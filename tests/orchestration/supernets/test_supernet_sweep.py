@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from benchmarks.processes import Answer, Command
 from dsnet.deploy.bundle import load_bundle
 from dsnet.files import file_sha256
-from dsnet.measure.latency import MachineLoad
+from dsnet.measure.latency_table import MachineLoad
 from orchestration.commands.supernet_tables import state_and_epochs
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
@@ -36,11 +36,13 @@ from orchestration.prepare.preparation import load_images
 from orchestration.runs.folder import RunDir, mlflow_store_uri
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest, now_iso
-from orchestration.supernets.members import Member, MemberEntry, draw_members
+from orchestration.supernets.entries import MemberEntry
+from orchestration.supernets.members import Member, draw_members
 from orchestration.supernets.report import report_data, sweep_warnings
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
-from search.front.points import load_points, trial_name
+from search.front.points import trial_name
+from search.front.points_file import load_points
 from search.study.study import TrialRecord
 from tests.orchestration.samples import TIMES, WITHOUT_MLFLOW, call, record_config, snapshot, write_sweep
 

@@ -447,7 +447,7 @@ def test_a_process_of_its_own_writes_what_a_thread_would(
 
 
 @pytest.mark.slow
-def test_a_writing_process_that_dies_costs_the_row_in_hand_and_is_replaced(database: Database, experiment: str) -> None:
+def test_a_writing_process_that_dies_is_replaced_and_costs_no_row(database: Database, experiment: str) -> None:
     warnings: list[str] = []
     tracker = MlflowTracker(database.uri, experiment, database.artifacts, "digits", warn=warnings.append)
     tracker.parent(parent_run("digits"))
@@ -458,10 +458,9 @@ def test_a_writing_process_that_dies_costs_the_row_in_hand_and_is_replaced(datab
     tracker.trial(trial_run("digits", 1))
     tracker.trial(trial_run("digits", 2))
     summary = tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
-    assert (summary.num_unsent, len(warnings)) == (1, 1)
-    assert "the process that writes to MLflow ended with status -9" in warnings[0]
+    assert (summary.num_unsent, warnings) == (0, [])
     runs = database.runs(experiment)
-    assert sorted(runs) == ["digits", "digits/cccc/trial-0000", "digits/cccc/trial-0002"]
+    assert sorted(runs) == ["digits", *(f"digits/cccc/trial-000{slot}" for slot in range(3))]
     assert "RUNNING" not in {run.info.status for run in runs.values()}
 
 

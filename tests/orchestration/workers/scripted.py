@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -45,6 +46,9 @@ class ScriptedTrials:
 
     def _raise(self, spec: TrialSpec, attempt: int) -> Any:
         raise ValueError("no route is right")
+
+    def _fill(self, spec: TrialSpec, attempt: int) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/spilled")
 
     def _nan(self, spec: TrialSpec, attempt: int) -> Any:
         return {"top1": float("nan"), "madds_m": 1.0}, {}
@@ -132,4 +136,10 @@ def refuse_to_build(arrays: Mapping[str, np.ndarray]) -> OneByOne:
 def die_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
     """Ends the worker that builds it."""
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def hang_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
+    """Builds for longer than any test waits."""
+    time.sleep(600)
     raise AssertionError("unreachable")

@@ -17,7 +17,7 @@ from dsnet.errors import CheckpointError
 from dsnet.gates.end_to_end import GateImages, train_end_to_end, train_stage
 from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.measure.latency import LatencyTable, Timing
+from dsnet.measure.latency_table import LatencyTable, Timing
 from dsnet.routing.table_routing import run_on_table
 from orchestration.config.gate import GateConfig
 from orchestration.runs.stages import canonical_settings

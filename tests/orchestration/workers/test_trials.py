@@ -20,7 +20,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
-from dsnet.errors import ConfigError, PreflightError
+from dsnet.errors import ConfigError, PreflightError, StoppedError, StorageError
 from dsnet.import_path import WORKER_HOOK
 from orchestration.environment import prepare_environment
 from orchestration.workers.nodes import Node
@@ -37,6 +37,7 @@ from tests.orchestration.workers.gate_studies import SPACE, gate_study, gate_tri
 from tests.orchestration.workers.scripted import (
     ScriptedCohort,
     die_while_building,
+    hang_while_building,
     one_by_one,
     refuse_to_build,
 )
@@ -307,6 +308,13 @@ def test_an_endless_trial_times_out_alone(cohort_runner: RayRunner, folder: Path
     assert num_attempts(folder, 1) == 2
 
 
+def test_a_full_disk_of_a_worker_ends_the_search_and_no_trial_has_failed_by_it(runner: RayRunner, folder: Path) -> None:
+    outcomes = []
+    with pytest.raises(StorageError, match="cannot use /spilled: the disk is full"):
+        outcomes.extend(runner.run(specs("fill", "work")))
+    assert [outcome.state for outcome in outcomes if outcome.state != "complete"] == []
+
+
 def test_an_exception_out_of_a_batch_fails_the_trial_that_raises_alone(cohort_runner: RayRunner, folder: Path) -> None:
     outcomes = by_slot(cohort_runner.run(specs("work", "spoil", "work", "work", "work", "work")))
     failed = {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.state == "failed"}
@@ -453,6 +461,35 @@ def test_workers_that_die_while_they_start_end_the_sweep(empty_cluster: None, mo
     runner = RayRunner(die_while_building, arrays=ARRAYS, actors=Actors(number=1))
     with pytest.raises(PreflightError, match="trial workers failed to start 2 times"):
         list(runner.run(specs("work")))
+    runner.close()
+
+
+def test_workers_that_do_not_start_in_time_are_told_and_then_end_the_sweep(
+    empty_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.workers.trials.START_TIMEOUT_S", 0.3)
+    told: list[str] = []
+    runner = RayRunner(hang_while_building, arrays=ARRAYS, actors=Actors(number=1), tell=told.append)
+    with pytest.raises(PreflightError, match=r"did not start within 0\.3 s, 2 times in a row"):
+        list(runner.run(specs("work")))
+    runner.close()
+    assert told == ["a trial worker did not start within 0.3 s; another one is started"]
+
+
+def test_a_stop_request_ends_trials_that_need_longer(
+    empty_cluster: None, folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.workers.trials.STOP_PATIENCE_S", 0.2)
+    make = functools.partial(one_by_one, place=place)
+    stop = folder.with_name("stop")
+    runner = RayRunner(make, arrays=ARRAYS, actors=Actors(number=1), should_stop=stop.exists)
+    outcomes = runner.run(specs("work", "hang"))
+    assert next(outcomes).slot == 0
+    stop.touch()
+    began_s = time.monotonic()
+    with pytest.raises(StoppedError, match="finished trials are kept"):
+        next(outcomes)
+    assert time.monotonic() - began_s < 5.0
     runner.close()
 
 

@@ -3,6 +3,7 @@ later launch does the same."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -27,13 +28,14 @@ from ray.tune.schedulers import FIFOScheduler
 from benchmarks.processes import Command
 from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.data.training_images import InMemoryImages
-from dsnet.errors import CheckpointError, ConfigError, DsnetError, PreflightError, StoppedError
+from dsnet.errors import CheckpointError, ConfigError, DsnetError, PreflightError, StoppedError, StorageError
 from dsnet.families import rebuild
 from dsnet.network.batchnorm import recalibrate
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import NORMS
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.supernet import FINAL, recalibration_batches
+from dsnet.stored.names import FINAL
+from dsnet.training.supernet import recalibration_batches
 from orchestration.config.schedulers import check_scheduler
 from orchestration.workers.schedulers import make_scheduler
 from orchestration.workers.supernet import STOP_GRACE_S, _train_loop, root_cause, train_on_ray
@@ -42,6 +44,7 @@ from orchestration.workers.tune_schedule import Member, ReplayingScheduler
 from orchestration.workers.tune_supernets import (
     MemberWork,
     _train_member,
+    _tune_error,
     measurable,
     static_hypervolume,
     stored_fates,
@@ -134,7 +137,7 @@ def test_a_worker_that_is_lost_after_the_launch_has_ended_is_not_started_again(
     data = DiesLater(swept.sweep.train, tmp_path / "deaths", times=9)
     with pytest.raises(StoppedError):
         train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: data.deaths == 1)
-    (training,) = (thread for thread in threading.enumerate() if thread.name == "ray-train")
+    (training,) = (thread for thread in threading.enumerate() if thread.name == "ray-side-train")
     job.stop_file.unlink()
     (tmp_path / "may-die").touch()
     training.join(30.0)
@@ -551,6 +554,22 @@ def test_training_workers_choose_mkls_mode_before_they_do_anything(
         monkeypatch.delenv(MKL_MODE, raising=False)
         train()
         assert os.environ[MKL_MODE] == mkl_mode()
+
+
+def test_a_full_disk_is_no_outcome_of_the_training_that_met_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "epoch-00001.safetensors"))
+
+    monkeypatch.setattr("orchestration.workers.tune_supernets._train_and_report", full)
+    job: Any = SimpleNamespace(folder=tmp_path, threads=1)
+    ledger = tmp_path / "reports.jsonl"
+    with pytest.raises(StorageError, match="epoch-00001"):
+        _train_member({"member": "m"}, {"m": job}, {"m": "key"}, {}, ledger, 1)
+    assert list(tmp_path.iterdir()) == []
+    lost = RuntimeError("Tune")
+    lost.__cause__ = StorageError("the disk is full")
+    assert type(_tune_error(lost)) is StorageError
+    assert type(_tune_error(RuntimeError("of Tune"))) is DsnetError
 
 
 def test_a_machine_without_memory_is_told_from_a_gpu_without_memory() -> None:

@@ -18,9 +18,9 @@ from dsnet.data.sources import load_source
 from dsnet.data.splits import SplitSizes, make_splits
 from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.families import Task
+from dsnet.stored.names import FINAL
 from dsnet.training.settings import BootstrapSettings, TrainSettings
 from dsnet.training.start import lay_out
-from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.training_watch import StallRules

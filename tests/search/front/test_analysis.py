@@ -19,20 +19,11 @@ from dsnet.routers.base import Router
 from dsnet.routers.cascade import CascadeRouter
 from dsnet.routers.gate import GateRouter
 from dsnet.routing.routing_table import GateColumns, RoutingTable
-from search.front.analysis import (
-    Bootstrap,
-    BudgetPick,
-    Interval,
-    RouterShare,
-    SplitAnalysis,
-    analyse_split,
-    budget_picks,
-    front_slots,
-    optimism,
-    spread_along_front,
-)
+from search.front.analysis import Bootstrap, analyse_split
+from search.front.analysis_records import BudgetPick, Interval, RouterShare, SplitAnalysis, optimism
 from search.front.ceiling import RouteForecast
 from search.front.pareto import Goal
+from search.front.selection import budget_picks, front_slots, spread_along_front
 from tests.dsnet.samples import random_table
 
 MADDS = np.array([1_000_000, 2_000_000, 4_000_000])

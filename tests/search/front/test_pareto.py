@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsnet.errors import ConfigError, NotFoundError
-from search.front.analysis import pickable
 from search.front.pareto import apply_pick, front_mask, hypervolume, hypervolume_trace, knee, parse_pick
+from search.front.selection import pickable
 
 MAX_MIN = ("maximize", "minimize")
 GOALS = st.sampled_from(["maximize", "minimize"])

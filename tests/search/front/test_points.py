@@ -8,18 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsnet.errors import DataError
-from search.front.points import (
-    POINT_COLUMNS,
-    control_points,
-    gate_points,
-    load_points,
-    points_frame,
-    save_points,
-    subnet_points,
-    trial_name,
-    validate_points,
-)
+from dsnet.errors import DataError, StorageError
+from search.front.points import POINT_COLUMNS, control_points, gate_points, subnet_points, trial_name, validate_points
+from search.front.points_file import load_points, points_frame, save_points
 
 
 def make_rows():
@@ -93,12 +84,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     path = tmp_path / "points.parquet"
     save_points(path, make_rows())
 
-    def full_disk(table, file):
-        file.write(b"half")
+    def full_disk(table, path):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq, "write_table", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match=r"points\.parquet: the disk is full"):
         save_points(path, make_rows()[:1])
     assert load_points(path) == make_rows()
     assert [entry.name for entry in tmp_path.iterdir()] == ["points.parquet"]

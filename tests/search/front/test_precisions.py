@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.routing.table_routing import TableRun, static_run
+from dsnet.routing.table_run import TableRun, static_run
 from search.front.precisions import RunOnTable, StaticTables, line_routes, precision_claims, static_claims
 from tests.dsnet.samples import random_table
 

@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from dsnet.errors import CheckpointError
 from dsnet.files import file_sha256
-from search.study.journal_chain import ChainWriter, chain_path, check_journal, journal_state, mend_journal
+from search.study.journal_chain import ChainWriter, chain_path, checked_lines, journal_state, mend_journal
 from search.study.study import StudyJournal, TrialRecord, has_study, load_records
 from tests.search.study.samples import HEADER_LINES, essence, study_settings, sweep
 
@@ -57,7 +57,7 @@ def test_every_line_has_its_number_and_a_hash_over_all_lines_up_to_it(whole: Pat
     entries = chain_path(whole).read_text().splitlines()
     assert [entry.split()[0] for entry in entries] == [str(n) for n in range(1, HEADER_LINES + NUM_TRIALS + 1)]
     assert len({entry.split()[1] for entry in entries}) == len(entries)
-    check_journal(whole)
+    checked_lines(whole)
 
 
 @given(data=st.data())
@@ -103,7 +103,7 @@ def test_a_kill_between_any_two_writes_is_no_damage(whole: Path, place: Path, da
     )
     assert len(load_records(place)) == number - HEADER_LINES + is_whole
     StudyJournal.open(place, study_settings())
-    check_journal(place)
+    checked_lines(place)
     assert len(lines_of(chain_path(place))) == number + is_whole, "what was written last is in the chain now"
 
 
@@ -130,7 +130,7 @@ def test_a_reader_beside_the_writer_sees_no_damage(
 
     monkeypatch.setattr(Path, "read_bytes", read)
     while left:
-        check_journal(path)
+        checked_lines(path)
     assert reads >= 5
 
 
@@ -195,7 +195,7 @@ def test_notes_of_other_programs_are_no_damage(path: Path) -> None:
         storage.set_study_system_attr(study._study_id, f"dashboard:{text}", text)
     assert len(load_records(path)) == NUM_TRIALS
     assert len(sweep(path, NUM_TRIALS + 1)) == NUM_TRIALS + 1
-    check_journal(path)
+    checked_lines(path)
     assert (
         len(optuna.load_study(study_name="digits", storage=JournalStorage(JournalFileBackend(str(path)))).trials) == 11
     )

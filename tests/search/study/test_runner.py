@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsnet.errors import StorageError
 from search.study.runner import (
     CohortFunction,
     OneByOne,
     Runner,
     SerialRunner,
+    TrialFunction,
     TrialOutcome,
     TrialSpec,
     divide,
@@ -41,6 +45,17 @@ class Recorded:
         return [
             TrialOutcome(slot, "complete", {"top1": slot}) for slot in reversed(slots) if slot not in self.forgotten
         ]
+
+
+@dataclass
+class Batched:
+    """Calls a trial function for each trial and lets its errors end the batch."""
+
+    function: TrialFunction
+    lanes: int = 2
+
+    def __call__(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome]:
+        return [TrialOutcome(spec.slot, "complete", *self.function(spec)) for spec in specs]
 
 
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 17))
@@ -125,6 +140,24 @@ def test_an_interrupt_is_no_failure_of_a_trial() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_batch(Interrupted(), specs(2))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_full_or_failing_disk_is_no_failure_of_a_trial(code: int) -> None:
+    def failing(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        raise OSError(code, os.strerror(code), "/tmp/spilled")
+
+    for function in (OneByOne(failing), Batched(failing)):
+        with pytest.raises(StorageError, match="/tmp/spilled"):
+            run_batch(function, specs(2))
+
+
+def test_a_file_that_a_trial_does_not_find_is_a_failure_of_the_trial() -> None:
+    def failing(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "/own/file")
+
+    outcomes = run_batch(OneByOne(failing), specs(1)) or []
+    assert [outcome.state for outcome in outcomes] == ["failed"]
 
 
 def test_batches_run_when_their_outcomes_are_asked_for() -> None:
