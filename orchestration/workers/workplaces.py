@@ -28,7 +28,7 @@ from orchestration.workers.file_stores import DriverStore, FileStore, UrlStore
 
 OUTCOME = "outcome.json"
 STOP = "stop"
-LAUNCH = "launch"
+LAUNCH = ".launch"
 """Name of a file by which a worker knows the driver's store."""
 SYNC_S = 1.0
 """Seconds between two comparisons of a worker's folder with its store."""
