@@ -20,7 +20,27 @@ def main() -> None:
         sys.path.remove(root)
     from orchestration.cli import main as run
 
-    run()
+    try:
+        run()
+    except SystemExit as done:
+        if done.code in STOPPED:
+            _end_at_once(done.code)
+        raise
+
+
+STOPPED = (6, 130)
+"""Exit codes of a launch that was stopped."""
+
+
+def _end_at_once(code: int) -> None:
+    """End without what the interpreter and its libraries do at their end: it takes seconds on a
+    busy machine, and all files are written by now."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        return  # the ordinary end reports it
+    os._exit(code)
 
 
 if __name__ == "__main__":

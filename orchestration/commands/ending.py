@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 
 import click
@@ -71,6 +72,6 @@ def leave_terminal() -> None:
     """Write no more to a terminal that is closed: every write to it would fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
-        if os.isatty(descriptor):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # `isatty` is False for a closed terminal
             os.dup2(nowhere, descriptor)
     os.close(nowhere)

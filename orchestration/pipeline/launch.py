@@ -67,7 +67,7 @@ from orchestration.workers.runtime import LOCAL, RaySettings, ray_session
 from search.front.points_file import save_points
 
 TRACKING_TIMEOUT_S = 30.0
-STOPPED_TRACKING_TIMEOUT_S = 4.0
+STOPPED_TRACKING_TIMEOUT_S = 3.0
 """Seconds that MLflow may take for what is left after a stop request; the next launch writes the
 rest."""
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from dsnet.errors import ClusterLostError
+from dsnet.errors import ClusterLostError, StorageError
 from orchestration.runs.processes import ProcessLook, look_at
 from orchestration.workers.cluster_processes import kill_marked
 
@@ -65,6 +65,8 @@ class ClusterWatch:
     clock: Callable[[], float] = time.monotonic
     lost: str | None = field(default=None, init=False)
     """What was lost, as a sentence; None while nothing is."""
+    _is_finished: bool = field(default=False, init=False)
+    """Whether this process is ending the cluster itself, so that nothing is lost any more."""
     _since: dict[str, float] = field(default_factory=dict, init=False)
     """Since when something has been stopped or has not answered, by name."""
 
@@ -89,16 +91,23 @@ class ClusterWatch:
         pids = [(name, info.process.pid) for kind, name in started.items() for info in node.all_processes.get(kind, ())]
         self.essentials = [each for name, pid in pids for each in essential(name, pid)]
 
+    def finish(self) -> None:
+        """Look for the last time: what ends from now on is ended by us."""
+        self.update()
+        self._is_finished = True
+
     def update(self) -> str | None:
         """Look at everything once; returns what was lost."""
-        if self.lost is None:
+        if self.lost is None and not self._is_finished:
             problems = (self._problem_of(each) for each in self.essentials)
-            self.lost = next((problem for problem in problems if problem is not None), None)
+            found = next((problem for problem in problems if problem is not None), None)
+            if not self._is_finished:
+                self.lost = found
         return self.lost
 
     def try_address(self) -> str | None:
         """Connect to the address of a cluster elsewhere once; returns what was lost."""
-        if self.lost is None and self.address is not None:
+        if self.lost is None and self.address is not None and not self._is_finished:
             host, port = self.address
             if self._for_s("address", is_bad=not self.answers(self.address)) >= UNREACHABLE_S:
                 self.lost = f"the Ray cluster at {host}:{port} has not answered for {UNREACHABLE_S:g} s"
@@ -163,7 +172,7 @@ def watching(watch: ClusterWatch) -> Iterator[ClusterWatch]:
     before, _current = _current, watch
     try:
         yield watch
-    except ClusterLostError:
+    except (ClusterLostError, StorageError):  # a full disk may end a part of Ray too
         raise
     except Exception as error:
         if (lost := watch.update()) is not None:

@@ -17,7 +17,7 @@ from dsnet.stop_signals import StopRequest
 from orchestration.workers.cluster_watch import ClusterWatch, current_watch
 from orchestration.workers.runtime import is_left_open
 
-STOP_S = 7.0
+STOP_S = 6.0
 """Seconds between a stop request and the end of the process."""
 LOST_S = 20.0
 """Seconds between the loss of the cluster and the end of the process; Ray would end it, without a
@@ -98,10 +98,10 @@ def _end(cluster: ClusterWatch | None, tell: Callable[[], int]) -> None:
             with suppress(OSError, ValueError):  # the terminal is closed
                 stream.flush()
 
-    if cluster is not None:
-        cluster.kill_cluster()
     # In a thread of its own: the thread that hangs may hold the lock of a stream.
     telling = threading.Thread(target=work, daemon=True)
     telling.start()
+    if cluster is not None:
+        cluster.kill_cluster()
     telling.join(TELL_S)
     os._exit(codes[-1])

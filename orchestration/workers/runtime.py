@@ -110,6 +110,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
                 watch.observe_session(settings.address)
                 yield
             finally:
+                watch.finish()
                 _shut_down(mark)
 
 

@@ -22,13 +22,13 @@ from typing import Any, Protocol
 
 from dsnet.errors import PreflightError
 from dsnet.files import atomic_write_bytes, atomic_write_json
-from dsnet.training.supernet import FINAL, checkpoint_stems
+from dsnet.stored.names import FINAL, checkpoint_stems
 from orchestration.runs.folder import CURVES
 from orchestration.workers.file_stores import DriverStore, FileStore, UrlStore
 
 OUTCOME = "outcome.json"
 STOP = "stop"
-LAUNCH = "launch"
+LAUNCH = ".launch"
 """Name of a file by which a worker knows the driver's store."""
 SYNC_S = 1.0
 """Seconds between two comparisons of a worker's folder with its store."""

@@ -46,8 +46,8 @@ def save_points(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     validate_points(rows)
     table = _arrow_table(rows).replace_schema_metadata({_SCHEMA_KEY: _SCHEMA_VERSION})
-    with replacing(Path(path)) as draft, draft.open("wb") as file:
-        pq.write_table(table, file)
+    with replacing(Path(path)) as temporary:
+        pq.write_table(table, temporary)
 
 
 def load_points(path: str | Path) -> list[PointRow]:

@@ -12,7 +12,8 @@ import pytest
 
 from dsnet.data.training_images import TrainingImages
 from dsnet.errors import StoppedError
-from dsnet.training.supernet import FINAL, TrainingCallbacks, train_supernet
+from dsnet.stored.names import FINAL
+from dsnet.training.supernet import TrainingCallbacks, train_supernet
 from orchestration.pipeline import launch, search, supernet
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.supernet import SupernetJob, first_supernet

@@ -860,6 +860,8 @@ EXAMPLE_CASES = [
     ("cifar10", "smoke"),
     ("cifar10", "resnet"),
     ("cifar10", "resnet-smoke"),
+    ("cifar10", "kernels-smoke"),
+    ("cifar10", "vit-smoke"),
     ("cifar10", "full"),
     ("cifar10", "paper"),
     ("pretrained", None),

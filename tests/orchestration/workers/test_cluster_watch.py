@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from dsnet.errors import ClusterLostError, DsnetError, StoppedError
+from dsnet.errors import ClusterLostError, DsnetError, NonFiniteLossError, StoppedError, StorageError
 from orchestration.runs.processes import ProcessLook, look_at
 from orchestration.workers.cluster_processes import MARK, kill_marked, marked_processes, new_mark
 from orchestration.workers.cluster_watch import (
@@ -48,6 +48,12 @@ class Machine:
 @pytest.fixture
 def machine() -> Machine:
     return Machine()
+
+
+def test_a_full_disk_is_told_also_where_it_ended_a_part_of_ray(machine: Machine) -> None:
+    machine.processes.clear()
+    with pytest.raises(StorageError, match="the disk is full"), watching(machine.watch):
+        raise StorageError("the disk is full")
 
 
 def test_nothing_is_lost_while_all_processes_run(machine: Machine) -> None:
@@ -121,6 +127,45 @@ def test_every_error_after_a_loss_is_reported_as_the_loss(machine: Machine) -> N
     assert current_watch() is None
     assert issubclass(ClusterLostError, StoppedError)
     assert ClusterLostError.exit_code == 6
+
+
+def test_the_end_of_a_session_is_no_loss(machine: Machine) -> None:
+    with pytest.raises(DsnetError, match="its own reason"):
+        ended_by_itself(machine, DsnetError("its own reason"))
+    assert machine.watch.lost is None
+    other = Machine()
+    other.processes.clear()
+    with pytest.raises(ClusterLostError):
+        ended_by_itself(other, DsnetError("a consequence"))
+
+
+def ended_by_itself(machine: Machine, error: Exception) -> None:
+    """A session that ends its own processes on its way out of an error."""
+    with watching(machine.watch):
+        try:
+            raise error
+        finally:
+            machine.watch.finish()
+            machine.processes.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_error_in_a_session_stays_what_it_is() -> None:
+    code = """
+import sys
+from dsnet.errors import NonFiniteLossError
+from orchestration.workers.runtime import RaySettings, ray_session
+try:
+    with ray_session(RaySettings(num_cpus=1, object_store_mib=100)):
+        raise NonFiniteLossError("its own reason")
+except NonFiniteLossError as error:
+    sys.exit(error.exit_code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False
+    )
+    assert done.returncode == NonFiniteLossError.exit_code
 
 
 def test_a_thread_notices_the_loss_by_itself() -> None:

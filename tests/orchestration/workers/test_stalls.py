@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsnet.data.training_images import InMemoryImages
-from dsnet.training.supernet import FINAL
+from dsnet.stored.names import FINAL
 from orchestration.workers.life import Listener, Pulse, Sign
 from orchestration.workers.runtime import RaySettings, ray_session
 from orchestration.workers.stalls import StallLimits, Stalls
