@@ -413,8 +413,11 @@ def _fill_method(stack: _Stack) -> None:
     choices = distribution.get("choice") if isinstance(distribution, Mapping) else None
     structure = supernet.get("structure", {}) if isinstance(supernet, dict) else None
     if isinstance(choices, list) and choices and isinstance(structure, dict) and "method" not in structure:
-        origin = f"first choice of space.{_METHOD}"
-        stack.lay(_Layer({"supernet": {"structure": {"method": choices[0]}}}, label=origin, origin_label=origin))
+        path = ("space", _METHOD)
+        owner = next(stack.owners[part] for part in (path, path[:1], ()) if part in stack.owners)
+        place = owner.label if owner.source is None else owner.source.place(owner.prefix + path, at_key=True)
+        origin, written = f"first choice of space.{_METHOD}", {"supernet": {"structure": {"method": choices[0]}}}
+        stack.lay(_Layer(written, label=f"{place}: {origin}", origin_label=origin))
 
 
 def _expanded(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
