@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsnet.families import family_names, layout, rebuild
-from dsnet.image_size import ImageSize
+from dsnet.image_size import ImageSize, height_and_width, normal_size
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
 from dsnet.space.entry_gate import with_entry_gate
@@ -109,15 +109,16 @@ class Case:
     def __str__(self) -> str:
         return f"{self.family}-{self.name}"
 
-    def runs_at(self, size: Any, built_for: Any = 16) -> Any:
+    def runs_at(self, size: ImageSize, built_for: ImageSize = 16) -> ImageSize:
         """`size`, or the size for which the network was built where it runs on no other."""
         return built_for if self.family == TRANSFORMER else size
 
-    def takes(self, size: Any) -> Any:
+    def takes(self, size: ImageSize) -> ImageSize:
         """`size`, or the next one for which the network can be built: its patches have 4 pixels."""
         if self.family != TRANSFORMER:
             return size
-        return -(-size // 4) * 4 if isinstance(size, int) else tuple(map(self.takes, size))
+        height, width = (-(-side // 4) * 4 for side in height_and_width(size))
+        return normal_size((height, width))
 
     def subnets(self, num_classes: int = 10, image_size: ImageSize = 16) -> SubnetSet:
         """Its sub-networks."""

@@ -27,6 +27,7 @@ from dsnet.network.slicing import gradients_added_in_place
 from dsnet.network.supernet import restrict, state_for_saving
 from dsnet.network.vit_weights import resized_positions, sorted_by_importance
 from dsnet.space.cost import op_costs, subnet_cost
+from dsnet.space.entry_gate import with_entry_gate
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet, subnet_at
 from dsnet.stored.checkpoint import save_checkpoint
@@ -36,6 +37,7 @@ from dsnet.training.start import first_weights, lay_out, load_start
 from dsnet.training.step import StepPlan, StepRules, supernet_step
 from tests.dsnet.plain_vits import TimmVit, TorchvisionVit, with_older_names
 from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, small_supernet, task
+from tests.dsnet.space.test_cost import counted_madds
 
 FAMILY = "ds_vit"
 OPTIONS = SMALL_OPTIONS[FAMILY]
@@ -138,6 +140,23 @@ def test_a_slice_is_the_masked_full_network(kinds: dict[str, int]) -> None:
     if kinds:
         whole = masked_logits(supernet, changed(supernet), images)
         assert not torch.allclose(whole, met, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_oblong_images_are_sliced_cut_and_counted() -> None:
+    size = (8, 20)
+    supernet = shaken(create(FAMILY, task(image_size=size), OPTIONS)).double().eval()
+    assert supernet.state_dict()["pos_embed"].shape == (1, 1 + 2 * 5, 24)
+    images = random_images(2, size).double()
+    for subnet in supernet.subnets.all:
+        met = supernet(images, subnet)
+        plain = materialize(supernet, subnet)
+        torch.testing.assert_close(plain(images), met, rtol=1e-9, atol=1e-9)
+        cost = subnet_cost(supernet.spec, subnet, size)
+        assert counted_madds(lambda plain=plain: plain(images[:1])) == cost.madds
+        assert sum(parameter.numel() for parameter in plain.parameters()) == cost.params
+    with pytest.raises(ValueError, match=r"images have 20 x 8 pixels, but this network has positions for 8 x 20"):
+        supernet(images.transpose(2, 3), supernet.subnets[0])
 
 
 @torch.no_grad()
@@ -342,6 +361,25 @@ def test_images_that_no_usual_patch_divides_are_refused() -> None:
     supernet = small_supernet(FAMILY)
     with pytest.raises(ValueError, match="images have 20 x 20 pixels, but this network has positions for 16 x 16"):
         supernet(random_images(1, 20), supernet.subnets[0])
+
+
+@torch.no_grad()
+def test_members_that_differ_before_the_gate_get_an_entry_gate() -> None:
+    own = layout(FAMILY, task(), OPTIONS)
+    narrow = list(own[1].widths)
+    narrow[1:4] = 10, 1, 7
+    several = with_entry_gate(SubnetSet(own.spec, (Subnet("narrow", tuple(narrow)), *own.members), own.teacher))
+    assert [gate.name for gate in several.spec.gates] == ["entry", "gate0"]
+    supernet, images = shaken(rebuild(several)).eval(), random_images(1)
+    for subnet in several.all:
+        met = supernet(images, subnet)
+        torch.testing.assert_close(materialize(supernet, subnet)(images), met, rtol=1e-5, atol=1e-5)
+        cost = subnet_cost(several.spec, subnet, 16)
+        assert counted_madds(lambda subnet=subnet: supernet(images, subnet)) == cost.madds
+        assert cost.trunk_madds == 3 * 16 * 16
+    alone = rebuild(SubnetSet(own.spec, (own[1],))).eval()
+    alone.load_state_dict(supernet.state_dict())
+    assert torch.equal(alone(images, own[1]), supernet(images, own[1]))
 
 
 # ---- other images and classes, pretrained weights

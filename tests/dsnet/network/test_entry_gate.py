@@ -28,7 +28,7 @@ from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from tests.dsnet.cases import NEXT, TRACED, early
-from tests.dsnet.samples import NORMALIZATION, random_router, shaken, small_set, small_supernet, task, tensor_data
+from tests.dsnet.samples import NORMALIZATION, random_router, shaken, small_set, task, tensor_data
 
 
 def early_set(family: str) -> SubnetSet:
@@ -46,7 +46,7 @@ SUPERNETS: dict[str, Callable[[], Supernet]] = {
     "three gates": lambda: rebuild(early_set("ds_resnet")),
     "inside a plain network": lambda: create(TRACED[0], task(), {"gates": ["pool"], "step": 2}),
     "norms over the channels": lambda: create(NEXT, task(), {"gates": ["features.1"], "ratios": [0.5, 1], "step": 2}),
-    "tokens": lambda: small_supernet("ds_vit"),
+    "tokens": lambda: rebuild(small_set("ds_vit")),
     "entry and inside": lambda: create(
         TRACED[0],
         task(image_size=(12, 20)),

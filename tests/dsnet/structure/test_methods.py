@@ -301,6 +301,40 @@ def test_every_step_of_greedy_is_the_best_removal_and_ties_go_to_the_lower_group
     assert found.teacher is None
 
 
+def test_greedy_leaves_out_steps_that_save_nothing() -> None:
+    """The widths of a block that does not run have no influence."""
+    options: dict[str, Any] = {"patch": 4, "dim": 24, "heads": 3, "depth": 4, "gates": [1]}
+    options |= {"slices": ["heads", "depth"], "ratios": [0.3, 1.0]}
+    settings: dict[str, Any] = {"min_share": 0.3, "levels": None, "pin": "gate"}
+    problem = problem_of("ds_vit", options=options, method="greedy", targets=(0.46,), **settings)
+    check_structure(problem)
+    depth = [group.kind for group in problem.spec.groups].index("depth")
+
+    def score(widths: Widths) -> Score:  # blocks matter least: they are left out first
+        return Score(900 + 5 * sum(widths[depth + 1 :]) - widths[depth], 1000)
+
+    search = structure_method("greedy").find(
+        problem, rebuild(problem.subnets).eval(), InventedTraining(problem).trained
+    )
+    answer: Sequence[Score] = ()
+    chosen: list[int] = []
+    event = next(search)
+    while True:
+        if isinstance(event, Choice):
+            chosen += [event.madds] if not event.member else []
+            answer = ()
+        else:
+            assert isinstance(event, Sequence)
+            assert all(each.madds < (chosen[-1] if chosen else problem.madds(problem.widest)) for each in event)
+            answer = [score(each.widths) for each in event]
+        try:
+            event = search.send(answer)
+        except StopIteration:
+            break
+    assert len(chosen) > 2
+    assert chosen == sorted(set(chosen), reverse=True)
+
+
 def test_two_equal_scores_remove_the_lower_group() -> None:
     problem = toy(4, 4, 4, method="greedy", targets=(0.9,))
     search = structure_method("greedy").find(problem, None, Trained())  # type: ignore[arg-type]
