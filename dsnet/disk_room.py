@@ -13,13 +13,15 @@ DEFAULT_RESERVE_MIB = 256
 
 def free_bytes(path: Path) -> int | None:
     """Bytes that this user may still write at a path, which need not exist; None if its file system
-    cannot be asked."""
+    cannot be asked, or has no blocks."""
     for folder in (path, *path.absolute().parents):
         try:
             facts = os.statvfs(folder)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError:
+            return None
+        if facts.f_blocks == 0:  # no disk, but a view of the system, such as /proc
             return None
         return facts.f_bavail * facts.f_frsize
     return None

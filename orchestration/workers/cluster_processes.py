@@ -37,6 +37,14 @@ def marked_processes(mark: str) -> list[int]:
     return found
 
 
+def command_name(pid: int) -> str:
+    """The name of a process's program; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def kill_marked(mark: str) -> list[int]:
     """Kill all processes of a cluster, stopped ones too; returns their pids."""
     killed = []

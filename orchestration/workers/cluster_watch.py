@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from dsnet.errors import ClusterLostError, StorageError
 from orchestration.runs.processes import ProcessLook, look_at
-from orchestration.workers.cluster_processes import kill_marked
+from orchestration.workers.cluster_processes import command_name, kill_marked, marked_processes
 
 LOOK_EVERY_S = 0.5
 STOPPED_S = 30.0
@@ -32,6 +32,10 @@ CONNECT_S = 3.0
 LONGEST_WAIT_S = 0.5
 """Longest single wait for Ray, in seconds: between two, stop requests and the loss of the cluster
 are heard."""
+
+
+_COMMANDS = {"raylet": "its raylet", "gcs_server": "its GCS"}
+"""Commands of the processes without which no work can go on, and what a person calls them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class ClusterWatch:
     """What was lost, as a sentence; None while nothing is."""
     _is_finished: bool = field(default=False, init=False)
     """Whether this process is ending the cluster itself, so that nothing is lost any more."""
+    _is_started: bool = field(default=False, init=False)
+    """Whether Ray has said which processes the cluster has."""
     _since: dict[str, float] = field(default_factory=dict, init=False)
     """Since when something has been stopped or has not answered, by name."""
 
@@ -87,9 +93,22 @@ class ClusterWatch:
             self.essentials = _listener(node.raylet_socket_name, "its raylet")
             self.address = _host_and_port(node.gcs_address)
             return
-        started = {"raylet": "its raylet", "gcs_server": "its GCS"}
-        pids = [(name, info.process.pid) for kind, name in started.items() for info in node.all_processes.get(kind, ())]
+        pids = [
+            (name, info.process.pid) for kind, name in _COMMANDS.items() for info in node.all_processes.get(kind, ())
+        ]
         self.essentials = [each for name, pid in pids for each in essential(name, pid)]
+        self._is_started = True
+
+    def _find_starting(self) -> None:
+        """Also watch what has been started of a local cluster by now: Ray waits for a process of it
+        that ends during the start, and ends this process after 60 s."""
+        if self.mark is None or self._is_started:
+            return
+        known = {each.pid for each in self.essentials}
+        for pid in marked_processes(self.mark):
+            name = _COMMANDS.get(command_name(pid))
+            if name is not None and pid not in known:
+                self.essentials = [*self.essentials, *essential(name, pid)]
 
     def finish(self) -> None:
         """Look for the last time: what ends from now on is ended by us."""
@@ -99,6 +118,7 @@ class ClusterWatch:
     def update(self) -> str | None:
         """Look at everything once; returns what was lost."""
         if self.lost is None and not self._is_finished:
+            self._find_starting()
             problems = (self._problem_of(each) for each in self.essentials)
             found = next((problem for problem in problems if problem is not None), None)
             if not self._is_finished:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dsnet.errors import PreflightError
+from dsnet.errors import ClusterLostError, PreflightError
+from orchestration.workers.cluster_watch import LONGEST_WAIT_S, check_cluster, current_watch
 from orchestration.workers.ray_folder import (
     check_ray_folder,
     facts_for_message,
@@ -16,6 +18,8 @@ from orchestration.workers.ray_folder import (
 )
 
 LIMIT = "ray.start_timeout_s"
+START_THREAD, SESSION_THREAD = "ray-start", "ray-session"
+"""Name of the thread that connects, before and after it has done so."""
 
 
 @contextmanager
@@ -32,6 +36,7 @@ def started_in_time(connect: Callable[[], None], limit_s: float, object_store_mi
     Raises:
         PreflightError: Ray cannot start on this machine, or the limit is over. The thread cannot be
             ended then; it, and what it started, end with this process.
+        ClusterLostError: a part of the cluster has ended meanwhile.
         Exception: what `connect` raised.
     """
     is_done, is_over = threading.Event(), threading.Event()
@@ -42,6 +47,7 @@ def started_in_time(connect: Callable[[], None], limit_s: float, object_store_mi
             connect()
         except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
             failures.append(error)
+        threading.current_thread().name = SESSION_THREAD
         is_done.set()
         if not failures:
             is_over.wait()
@@ -50,9 +56,9 @@ def started_in_time(connect: Callable[[], None], limit_s: float, object_store_mi
     if object_store_mib is not None:
         prune_sessions(folder)
         check_ray_folder(folder, object_store_mib)
-    threading.Thread(target=work, name="ray-session", daemon=True).start()
+    threading.Thread(target=work, name=START_THREAD, daemon=True).start()
     try:
-        is_in_time = is_done.wait(limit_s)
+        is_in_time = _wait(is_done, limit_s)
         if is_local:
             mark_sessions(folder)
         if not is_in_time:
@@ -63,6 +69,25 @@ def started_in_time(connect: Callable[[], None], limit_s: float, object_store_mi
         yield
     finally:
         is_over.set()
+
+
+def _wait(is_done: threading.Event, limit_s: float) -> bool:
+    """Wait until Ray has started; returns whether it did within the limit.
+
+    Raises:
+        ClusterLostError: a part of it has ended meanwhile.
+    """
+    deadline_s = time.monotonic() + limit_s
+    while not is_done.wait(max(0.0, min(LONGEST_WAIT_S, deadline_s - time.monotonic()))):
+        if time.monotonic() >= deadline_s:
+            return False
+        try:
+            check_cluster()
+        except ClusterLostError:
+            if (watch := current_watch()) is not None:
+                watch.kill_cluster()
+            raise
+    return True
 
 
 def _late(limit_s: float, *, is_local: bool) -> str:

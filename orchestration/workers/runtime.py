@@ -26,7 +26,7 @@ from orchestration.workers.cluster_processes import MARK, kill_marked, new_mark
 from orchestration.workers.cluster_watch import ClusterWatch, watching
 from orchestration.workers.joining import why_not_joined
 from orchestration.workers.ray_folder import facts_for_message, ray_folder, token_variables
-from orchestration.workers.ray_start import started_in_time
+from orchestration.workers.ray_start import START_THREAD, started_in_time
 
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
@@ -218,6 +218,7 @@ def _side_threads() -> list[threading.Thread]:
 
 
 def is_left_open() -> bool:
-    """Whether Ray could not be shut down, because a call of it hangs; the process must then end
-    without the interpreter's own end, which would wait for it."""
-    return bool(_side_threads()) or any(thread.name == SHUTDOWN_THREAD for thread in threading.enumerate())
+    """Whether Ray could not be started or shut down, because a call of it hangs; the process must
+    then end without the interpreter's own end, which would wait for it."""
+    hanging = (SHUTDOWN_THREAD, START_THREAD)
+    return bool(_side_threads()) or any(thread.name in hanging for thread in threading.enumerate())

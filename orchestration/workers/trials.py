@@ -515,7 +515,8 @@ class RayRunner:
         ray.kill(job.actor)
         if job.batch is None:
             num_late = job.num_starts_late + 1
-            if num_late < MAX_STARTS_LATE and self._num_actors() < self._actors.places(cluster_nodes()):
+            has_room = self._num_actors() < self._actors.places(cluster_nodes())
+            if num_late < MAX_STARTS_LATE and has_room:
                 self._tell(f"a trial worker did not start within {START_TIMEOUT_S:g} s; another one is started")
                 self._start_actor(job.num_starts_lost, num_late)
                 return []
@@ -523,6 +524,11 @@ class RayRunner:
                 self._tell(f"a trial worker found no place within {START_TIMEOUT_S:g} s; the others go on")
                 return []
             told = no_place(self._actors.each, "a trial worker", START_TIMEOUT_S)
+            if has_room:
+                told = (
+                    f"a trial worker did not start within {START_TIMEOUT_S:g} s, {num_late} times in a row: the cluster is full or "
+                    "too slow; lower ray.trial_actors"
+                )
             raise PreflightError(told) if self._lanes is None else ClusterLostError(told)
         self._start_another()
         return self._fail(job, job.batch, f"time-out after {self._limits.timeout_s:g} s", waiting)

@@ -16,6 +16,7 @@ from dsnet.stored.names import FINAL
 from dsnet.training.supernet import TrainingCallbacks, train_supernet
 from orchestration.pipeline import launch, search, supernet
 from orchestration.runs.curves import CurvePoint, CurveTail
+from orchestration.workers.nodes import Node
 from orchestration.workers.supernet import SupernetJob, first_supernet
 from search.study.runner import SerialRunner
 from tests.orchestration.samples import ONLY_BUNDLES
@@ -51,7 +52,7 @@ def _train_here(
     """As `train_on_ray` with one worker, in this process."""
     job.folder.mkdir(parents=True, exist_ok=True)
     stem = train_supernet(
-        first_supernet(job),
+        first_supernet(job, None),
         data,
         job.run,
         folder=job.folder,
@@ -77,5 +78,5 @@ def launch_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every launch of this process train and search here."""
     monkeypatch.setattr(launch, "ray_where_needed", _no_cluster)
     monkeypatch.setattr(supernet, "train_on_ray", _train_here)
-    monkeypatch.setattr(supernet, "cluster_cpus", lambda: 1)
+    monkeypatch.setattr(supernet, "cluster_nodes", lambda: (Node("127.0.0.1", {"CPU": 1.0}),))
     monkeypatch.setattr(search, "RayRunner", _serial_runner)

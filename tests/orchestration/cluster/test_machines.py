@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import PROGRAM, Command
 from dsnet.files import file_sha256
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from search.study.study import load_records
 from tests.orchestration.cluster.machines import PORT, Machine, machines, wait_until, why_not
-from tests.orchestration.samples import PROGRAM, SWEEP, TINY, WITHOUT_MLFLOW, Command, write_sweep
+from tests.orchestration.samples import SWEEP, TINY, WITHOUT_MLFLOW, write_sweep
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 TRAINING, TRIALS = "ray::_train_loop", "ray::TrialWorker"

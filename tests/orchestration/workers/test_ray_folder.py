@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,9 +70,10 @@ def test_a_path_that_no_socket_may_have_is_refused_by_the_same_limit_as_in_ray(t
 
 
 @pytest.fixture
-def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short() -> Iterator[Path]:
     """A folder with a short path, which sockets need."""
-    return tmp_path_factory.mktemp("r")
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(short: Path) -> None:
@@ -168,6 +171,8 @@ def test_sessions_of_others_and_those_that_run_stay(tmp_path: Path) -> None:
     used = sessions.make(mark=ended)  # its driver has ended, but a process of the cluster has not
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(used)]) as process:
         try:
+            while not Path(f"/proc/{process.pid}/cmdline").read_bytes():  # it has just been started
+                time.sleep(0.01)
             assert prune_sessions(tmp_path / "ray", kept=0) == []
         finally:
             process.kill()

@@ -8,6 +8,7 @@ import pytest
 
 from dsnet.arithmetic import MKL_MODE
 from dsnet.files import atomic_write_json, read_json
+from orchestration.workers.life import Pulse
 from orchestration.workers.self_check import REPEATED, ArithmeticReport
 from orchestration.workers.trials import TrialWorker
 from search.gate_check import Finding
@@ -86,7 +87,7 @@ class Counting:
 def test_where_trials_differ_in_company_a_worker_runs_them_one_by_one(unequal: tuple[str, ...], company: float) -> None:
     worker = TrialWorker(lambda arrays: Counting(), {}, 1, look=lambda function: Finding("a", unequal))
     assert worker.prepare() == (8, Finding("a", unequal))
-    outcomes = worker.run([TrialSpec(slot, seed=slot, params={}) for slot in range(3)])
+    outcomes = worker.run([TrialSpec(slot, seed=slot, params={}) for slot in range(3)], Pulse.new())
     assert outcomes is not None
     assert [outcome.metrics["company"] for outcome in outcomes] == [company] * 3
     assert [outcome.slot for outcome in outcomes] == [0, 1, 2]

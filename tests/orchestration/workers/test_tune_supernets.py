@@ -37,6 +37,7 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.stored.names import FINAL
 from dsnet.training.supernet import recalibration_batches
 from orchestration.config.schedulers import check_scheduler
+from orchestration.workers.life import Pulse
 from orchestration.workers.schedulers import make_scheduler
 from orchestration.workers.supernet import STOP_GRACE_S, _train_loop, root_cause, train_on_ray
 from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules
@@ -561,10 +562,10 @@ def test_a_full_disk_is_no_outcome_of_the_training_that_met_it(tmp_path: Path, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "epoch-00001.safetensors"))
 
     monkeypatch.setattr("orchestration.workers.tune_supernets._train_and_report", full)
-    job: Any = SimpleNamespace(folder=tmp_path, threads=1)
-    ledger = tmp_path / "reports.jsonl"
+    job: Any = SimpleNamespace(threads=1)
+    work = MemberWork(job, "key", SharedFolder(tmp_path, tmp_path / "stop"), None, tmp_path / "reports.jsonl")
     with pytest.raises(StorageError, match="epoch-00001"):
-        _train_member({"member": "m"}, {"m": job}, {"m": "key"}, {}, ledger, 1)
+        _train_member({"member": "m"}, {"m": work}, {}, 1, {"m": Pulse.new()})
     assert list(tmp_path.iterdir()) == []
     lost = RuntimeError("Tune")
     lost.__cause__ = StorageError("the disk is full")
