@@ -38,7 +38,7 @@ class FullDisk:
 
     def _instead_of(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def act(*arguments: Any, **options: Any) -> Any:
-            target = arguments[-1] if name in ("replace", "rename", "symlink", "link") else arguments[0]
+            target = arguments[1] if name in ("replace", "rename", "symlink", "link") else arguments[0]
             path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fspath(target)
             if not path.startswith(self._folder):
                 return real(*arguments, **options)
