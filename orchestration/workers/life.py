@@ -85,6 +85,8 @@ class Pulse:
     def _beat(self, is_over: threading.Event, at_once: bool) -> None:
         import ray
 
+        if not ray.is_initialized():  # the work was called directly: nobody listens
+            return
         number, pid = 0, os.getpid()
         while (at_once and number == 0) or not is_over.wait(self.every_s):
             number += 1
