@@ -87,7 +87,12 @@ class Victim:
         """The processes of this kind that a launch has at present."""
         if not self.part:
             return [command.process.pid]
-        return [pid for pid, line in _command_lines(command) if self.part in line and "IDLE" not in line]
+        others = ("IDLE", "Agent")  # workers without work, and Ray's own agents
+        return [
+            pid
+            for pid, line in _command_lines(command)
+            if self.part in line and not any(other in line for other in others)
+        ]
 
 
 VICTIMS = (
