@@ -104,11 +104,7 @@ class RunResults:
         if not self.is_current(stage):
             return False
         folder = self._folder(stage)
-        if not folder.done_marker.exists() and self.manifest["stages"][stage]["status"] == "done":
-            raise CheckpointError(
-                f"{folder.done_marker} is missing, although {self.run.manifest_path.name} says that the stage has finished; "
-                "restore it, or launch the sweep again"
-            )
+        self._check_marker(stage, folder)
         folder.check()
         is_done = self._is_marked(stage)
         if is_done:
@@ -119,8 +115,17 @@ class RunResults:
         """Whether a current stage and all its ancestors have finished and no launch has set a file
         of them aside; their files are checked by whoever reads them."""
         folder = self._folder(stage)
+        self._check_marker(stage, folder)
         record = folder.record()
         return folder.is_marked() and record is not None and all(map(self._is_marked, record.parent_keys))
+
+    def _check_marker(self, stage: str, folder: StageDir) -> None:
+        """Raise CheckpointError if the marker of a finished stage is missing."""
+        if not folder.done_marker.exists() and self.manifest["stages"][stage]["status"] == "done":
+            raise CheckpointError(
+                f"{folder.done_marker} is missing, although {self.run.manifest_path.name} says that the stage has finished; "
+                "restore it, or launch the sweep again"
+            )
 
     def _folder(self, stage: str) -> StageDir:
         return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))

@@ -56,6 +56,15 @@ def test_each_file_is_refused_by_name_or_has_no_influence(folder: Path, right: d
     assert found == []
 
 
+def test_a_finished_stage_whose_marker_is_missing_is_refused_by_the_readers_of_later_stages(folder: Path) -> None:
+    marker = file_named(folder, "measure/*/done")
+    with damaged(folder, marker, CORRUPTIONS["removed"]):
+        for command in ("pareto", "status"):
+            answer = call(folder, *READ_ONLY[command])
+            assert answer.code == 3
+            assert f"{marker} is missing, although" in answer.err
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", CORRUPTIONS)
