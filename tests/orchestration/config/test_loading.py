@@ -27,7 +27,7 @@ from orchestration.config.written import json_schema, to_yaml
 from orchestration.config.yaml_source import read_yaml_file
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-MODELS = ("ds_tiny", "ds_mbnet", "ds_resnet", "mobilenet_v2")
+MODELS = ("ds_tiny", "ds_mbnet", "ds_resnet", "ds_vit", "mobilenet_v2")
 HEAD = "version: 1\nname: t\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n"  # four lines
 
 
