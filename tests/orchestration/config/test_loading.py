@@ -602,7 +602,7 @@ def test_of_many_problems_the_first_ones_are_listed(sweep: Path) -> None:
             "{model: ds_tiny}",
             "{model: ds_tny}",
             "sweep.yaml:4:19: supernet.model: unknown model 'ds_tny'; did you mean 'ds_tiny'? "
-            "known models: ds_tiny, ds_mbnet, ds_resnet, mobilenet_v2, checkpoint",
+            "known models: ds_tiny, ds_mbnet, ds_resnet, ds_vit, mobilenet_v2, checkpoint",
         ),
         (
             "name: digits",
