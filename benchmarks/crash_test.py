@@ -79,7 +79,7 @@ class Victim:
 
     name: str
     part: str
-    """What its command line contains; empty for the driver."""
+    """Part of its command line; empty for the driver."""
     ends_launch: bool
     """Whether the launch ends with it."""
 
@@ -176,7 +176,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a disturbed sweep differs from the undisturbed one: names of stored values."""
+    """Names of the stored values in which a disturbed sweep differs from the undisturbed one."""
 
     lost: tuple[str, ...]
     duplicated: tuple[str, ...]
@@ -197,15 +197,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to all sweeps."""
+    """Kills, differences and launches of all sweeps."""
 
     kills: tuple[Kill, ...]
     differences: tuple[Difference, ...]
     """One per sweep."""
     num_launches: int
     untold: tuple[str, ...]
-    """What the launches printed that ended after a kill with an exit code that does not say that
-    launching again continues."""
+    """Exit code and stderr of each launch that ended after a kill with an exit code that means
+    neither success nor that launching again continues."""
     longest_s: Mapping[str, float]
     """By stage, the longest time between two stored states of the undisturbed sweep."""
 
@@ -441,9 +441,7 @@ def _sections(outcome: Outcome) -> list[Section]:
 
 def _headline(outcome: Outcome) -> Headline:
     share = outcome.worst_share()
-    return Headline(
-        "longest work done again, in steps (epoch, cohort or stage)", Estimate(share, share, share), "", 1.0
-    )
+    return Headline("longest work done again, in steps (epoch, cohort or stage)", Estimate.exact(share), "", 1.0)
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:

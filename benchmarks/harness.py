@@ -57,6 +57,11 @@ class Estimate:
     low: float
     high: float
 
+    @classmethod
+    def exact(cls, value: float) -> Estimate:
+        """A figure without an interval."""
+        return cls(value, value, value)
+
     def text(self, digits: int = 3) -> str:
         """The estimate as text, `value [low, high]`."""
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"

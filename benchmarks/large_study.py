@@ -255,7 +255,7 @@ def measure(options: Options, folder: Path | None, sampler: str) -> Report:
         ],
         Headline(
             f"CPU time of the slowest of status, trials and pareto, {sizes[-1]:,} trials",
-            Estimate(most, most, most),
+            Estimate.exact(most),
             " s",
             GOAL_S,
         ),

@@ -158,7 +158,7 @@ class Simulated:
 
     @property
     def limit(self) -> str:
-        """What to change first."""
+        """The limit that a larger sweep meets first, as a phrase."""
         if self.driver_share > 0.3:
             return "the driver: fewer, longer trials, or a cheaper sampler"
         if self.busy_share < 0.7:
@@ -245,7 +245,7 @@ def measure(options: Options, trials: int | None, workers: int, only: str) -> Re
     columns = ("sweep", "trials", "workers", "hours", "ideal", "busy %", "driver ms a trial (end)", "driver %")
     return Report(
         [Section("Simulated sweeps", (*columns, "journal kB", "limit"), rows)],
-        Headline(f"idle share of the workers, {name}", Estimate(idle, idle, idle), "", 0.2),
+        Headline(f"idle share of the workers, {name}", Estimate.exact(idle), "", 0.2),
         figures,
     )
 

@@ -44,7 +44,7 @@ class DiskReserve:
     ways_out: str = ""
 
     def problem(self) -> str | None:
-        """What is wrong, as sentences, if too little is free; else None."""
+        """An error message if too little is free; else None."""
         free = free_bytes(self.folder)
         if free is None or free >= self.min_free_mib * MIB:
             return None

@@ -21,7 +21,7 @@ Action = Literal["read", "write", "use"]
 
 
 class _Fault(NamedTuple):
-    """What is wrong, and what a person can do."""
+    """Description of a fault, and the way out."""
 
     what: str
     way_out: str

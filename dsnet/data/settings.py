@@ -118,7 +118,7 @@ class FileOptions(Settings):
 
 
 IMAGE_SIZE_RULE = f"the side of a square or [HEIGHT, WIDTH], in pixels from {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}"
-"""What an image size may be, as a phrase for a message."""
+"""Description of the allowed image sizes, as a phrase for a message."""
 
 
 def checked_image_size(value: object, key: str = "data.image_size") -> ImageSize:

@@ -63,7 +63,7 @@ class Launch:
         return folder
 
     def stall_rules(self, stage: str) -> StallRules:
-        """How stalls of the workers of a stage are noticed and told."""
+        """Rules for stalled workers of a stage, whose messages begin with its name."""
         return StallRules(tell=lambda text: self.progress.warn(f"{stage}: {text}"))
 
     def count_test_opening(self, who: str) -> int:

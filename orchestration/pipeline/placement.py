@@ -1,5 +1,5 @@
-"""What the stages of a launch need from the nodes of the Ray cluster: threads that fit on a node,
-and a refusal before anything starts if something fits on none."""
+"""Resources that the stages of a launch need on the nodes of the Ray cluster: threads that fit on a
+node, and a refusal before anything starts if something fits on none."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class MissingRows:
             self._is_repeated = True
 
     def _told(self) -> str:
-        """What an earlier launch left, as a phrase."""
+        """Number of rows that an earlier launch could not write, as a phrase."""
         try:
             number = int(read_sealed(self._path)["num_rows"])
         except (CheckpointError, LookupError, TypeError, ValueError):
