@@ -177,34 +177,40 @@ SCALES: Mapping[str, Mapping[str, Part]] = MappingProxyType(
             ),
         },
         "cpu": {
-            "tiny": Part(
-                data="cifar10",
-                sizes={"train": 6400, "gate": 1000, "val": 5000},
-                family="ds_tiny",
-                options={"num_routes": 3, "kernels": [3, 5, 7]},
-                train=TrainSettings(epochs=3, batch_size=64, warmup_epochs=0.5, channels_last=True),
-                recalibration_images=1600,
-                **_CNN,
-            ),
             "mbnet": Part(
                 data="cifar10",
-                sizes={"train": 6400, "gate": 1000, "val": 5000},
+                sizes={"train": 6400, "gate": 1000, "val": 2000},
                 family="ds_mbnet",
-                options={"width": 0.25, "stem_stride": 1, "num_routes": 3, "kernels": [3, 5, 7]},
-                train=TrainSettings(epochs=3, batch_size=64, warmup_epochs=0.5, channels_last=True),
+                options={
+                    "width": 0.25,
+                    "stem_stride": 1,
+                    "num_routes": 3,
+                    "gated_widths": [[24, 52, 80], [48, 96, 144]],
+                    "kernels": [3, 5, 7],
+                },
+                train=TrainSettings(epochs=2, batch_size=64, warmup_epochs=0.25, channels_last=True),
                 recalibration_images=1600,
                 **_CNN,
             ),
             "vit": Part(
                 data="digits",
                 sizes={"train": 600, "gate": 60, "val": 337, "test": 800},
-                options={"dim": 48, "heads": 8, "depth": 6, "mlp_ratio": 2.0, "gates": [1], "step": 1},
-                ruler_widths=(3, 4),
+                options={"dim": 48, "heads": 8, "depth": 4, "mlp_ratio": 2.0, "gates": [1], "step": 1},
+                ruler_widths=(2,),
                 train=TrainSettings(
-                    epochs=20, batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1
+                    epochs=14, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05, warmup_epochs=1
                 ),
                 dynamic={"dim": 96, "heads": 3, "depth": 6},
                 **_VIT,
+            ),
+            "tiny": Part(
+                data="cifar10",
+                sizes={"train": 6400, "gate": 1000, "val": 2000},
+                family="ds_tiny",
+                options={"width": 0.5, "num_routes": 3, "kernels": [3, 5, 7]},
+                train=TrainSettings(epochs=2, batch_size=64, warmup_epochs=0.25, channels_last=True),
+                recalibration_images=1600,
+                **_CNN,
             ),
         },
         "gpu": {
