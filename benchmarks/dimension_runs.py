@@ -36,6 +36,7 @@ from dsnet.measure.latency import device_name
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.network.transformer import PlainHead
+from dsnet.routers.base import Router
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -96,9 +97,7 @@ VIT_ARMS: Mapping[str, Arm] = MappingProxyType(
         HEADS: Arm(label="heads", dimensions=(HEADS,), base=TOGETHER),
         MLP: Arm(label="hidden channels of the MLP", dimensions=(MLP,), base=TOGETHER),
         DEPTH: Arm(label="blocks", dimensions=(DEPTH,), base=TOGETHER),
-        "plain": Arm(
-            label="as embed, but the stream is sliced too", dimensions=(EMBED,), base=EMBED, is_plain=True
-        ),
+        "plain": Arm(label="as embed, but the stream is sliced too", dimensions=(EMBED,), base=EMBED, is_plain=True),
         "ib": Arm(
             label="as together, trained by in-place bootstrapping",
             dimensions=(EMBED, HEADS, MLP),
@@ -432,7 +431,7 @@ class CellRunner:
     def __call__(self, cell: Cell, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         """Do the cell, a training from its last checkpoint in `folder`; None if it was stopped.
         Tests and times are not interrupted."""
-        facts = {"arm": cell.arm, "seed": cell.seed, "device": device_name(self.device)}
+        facts: dict[str, Any] = {"arm": cell.arm, "seed": cell.seed, "device": device_name(self.device)}
         facts |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
         if cell.arm == TIMES:
             return facts | self._times()
@@ -552,13 +551,12 @@ class CellRunner:
         part = self.part
         assert part.dynamic is not None
         network = dynamic.Network("DS-ViT++", VIT, tuple(part.dynamic.items()), (0, 1, 2, 3))
-        engine = timing_engine(self._engine)
-        placed = dynamic.in_torch
-        if engine is not None:
-            threads = torch.get_num_threads()
+        engine, threads = timing_engine(self._engine), torch.get_num_threads()
 
-            def placed(supernet: Supernet, router: Any, size: int, equal: int | None) -> dynamic.Contenders:
-                return dynamic.InEngine(supernet, router, engine, threads, size, equal)
+        def placed(supernet: Supernet, router: Router, image_size: int, equal: int | None) -> dynamic.Contenders:
+            if engine is None:
+                return dynamic.in_torch(supernet, router, image_size, equal)
+            return dynamic.InEngine(supernet, router, engine, threads, image_size, equal)
 
         batches = []
         with torch.inference_mode():
