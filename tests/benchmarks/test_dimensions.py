@@ -24,7 +24,6 @@ from benchmarks.dimension_report import (
 )
 from benchmarks.dimension_runs import (
     ACCELERATION,
-    DEPTH,
     EMBED,
     KERNELS,
     SCALES,
@@ -33,6 +32,7 @@ from benchmarks.dimension_runs import (
     Cell,
     CellRunner,
     Part,
+    PlainSlicedVit,
     arms_of,
     build,
     cells_of,
@@ -109,6 +109,7 @@ def images() -> torch.Tensor:
 def test_plain_slicing_drops_the_rest_of_the_stream(images: torch.Tensor) -> None:
     task = task_of(QUICK_VIT)
     idle, plain = (build(QUICK_VIT, VIT_ARMS[name], task, 0).eval() for name in (EMBED, "plain"))
+    assert isinstance(plain, PlainSlicedVit)
     narrow, widest = plain.subnets
     assert [subnet.widths for subnet in plain.subnets] == [subnet.widths for subnet in idle.subnets]
     with torch.no_grad():
@@ -120,8 +121,8 @@ def test_plain_slicing_drops_the_rest_of_the_stream(images: torch.Tensor) -> Non
                 materialize(plain, plain.subnets[int(whole)])(images), plain(images, plain.subnets[int(whole)])
             )
         kept = narrow.widths[groups_of(plain.spec)[EMBED][-1]]
-        plain.classifier.weight[:, kept:] += 1  # type: ignore[operator, index]
-        plain.norm.weight[kept:] += 1  # type: ignore[operator, index]
+        plain.classifier.weight[:, kept:] += 1
+        plain.norm.weight[kept:] += 1
         torch.testing.assert_close(plain(images, narrow), own)
     saved = subnet_cost(idle.spec, narrow, 8).madds - subnet_cost(plain.spec, narrow, 8).madds
     assert saved == (widest.widths[0] - kept) * task.num_classes
@@ -141,15 +142,16 @@ def silent(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of four arms of the quick transformer."""
+    """A finished run of three arms of the quick transformer."""
     root = tmp_path_factory.mktemp("dimensions")
     material = load_part(QUICK_VIT, None)
     begin(root / "vit", QUICK_VIT, material)
-    todo = cells_of(QUICK_VIT, (0, 1), ("together", EMBED, "plain", DEPTH))
+    todo = cells_of(QUICK_VIT, (0, 1), ("together", EMBED, "plain"))
     assert do_jobs(root / "vit", todo, CellRunner(QUICK_VIT, material, torch.device("cpu")), say=silent) == []
     return root
 
 
+@pytest.mark.slow
 def test_the_tables_fit_100_columns_and_agree_with_the_records(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +164,7 @@ def test_the_tables_fit_100_columns_and_agree_with_the_records(
     assert printed.startswith(as_text(make_sections([part])))
     assert 1 <= report.headline.estimate.value <= report.headline.goal
     rows = {(row.arm, row.name): row for row in part.rows}
-    assert [row.arm for row in part.rows] == [name for name in ("together", EMBED, DEPTH, "plain") for _ in range(2)]
+    assert [row.arm for row in part.rows] == [name for name in ("together", EMBED, "plain") for _ in range(2)]
     record = read_json(record_path(folder / "vit", Cell(EMBED, 1)))
     for row in record["subnets"]:
         assert row["top1"] == unpacked(row["right"], record["num_test_images"]).mean()
@@ -176,6 +178,7 @@ def test_the_tables_fit_100_columns_and_agree_with_the_records(
     assert read_json(folder / "report.json")["vit"]["seeds"][EMBED] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_acceleration_is_that_of_the_stored_rounds(folder: Path) -> None:
     (part,) = load_results(folder)
     assert part.acceleration is not None
@@ -189,6 +192,7 @@ def test_the_acceleration_is_that_of_the_stored_rounds(folder: Path) -> None:
     assert found["of_madds"] < madds[-1] / madds[0]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_skipped_and_others_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["run", "--scale", "quick", "--parts", "vit", "--arms", EMBED, "plain", "--folder", str(folder)]
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "vit" / "runs").iterdir()}
@@ -198,6 +202,7 @@ def test_finished_cells_are_skipped_and_others_told(folder: Path, capsys: pytest
     assert "left: vit/" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_training_in_pieces_gives_the_same_answers(folder: Path, tmp_path: Path) -> None:
     material = load_part(QUICK_VIT, None)
     begin(tmp_path, QUICK_VIT, material)
