@@ -214,36 +214,58 @@ def load_results(folder: Path) -> list[PartResults]:
     Raises:
         PreflightError: there are none.
     """
-    found = [_part_results(path.parent) for path in sorted(folder.glob(f"*/{PLAN}"))]
+    found = [part for path in sorted(folder.glob(f"*/{PLAN}")) for part in _part_results(path.parent)]
     if not any(part.arms or part.acceleration for part in found):
         raise PreflightError(f"{folder} has no finished cells; run `run` first, with the same --folder")
     return found
 
 
-def _part_results(folder: Path) -> PartResults:
+def _part_results(folder: Path) -> list[PartResults]:
+    """The supernets of one dimension each, and then those of all dimensions, whose sub-networks are
+    taken as arms."""
     part = read_json(folder / PLAN)["scale"]
-    records = load_records(folder)
+    records, arms = load_records(folder), arms_of(part["family"])
     trained: dict[str, dict[int, Mapping[str, Any]]] = {}
     for record in sorted((each for each in records if each.get("subnets")), key=lambda each: each["seed"]):
         trained.setdefault(record["arm"], {})[record["seed"]] = record
     of_name = {record["arm"]: record for record in records if record["seed"] is None}
-    return PartResults(
+    own = PartResults(
         folder.name,
         part,
-        {name: ArmResults(trained[name]) for name in arms_of(part["family"]) if name in trained},
+        {name: ArmResults(trained[name]) for name in arms if name in trained and not arms[name].of},
         of_name.get(TIMES),
         of_name.get(ACCELERATION),
         tuple(record for record in records if "error" in record),
     )
+    found = [own]
+    for name in (name for name in trained if arms[name].of):
+        shared = {
+            each: ArmResults(_of_dimension(trained[name], each, has_widest=arms[each].base == each))
+            for each in arms[name].of
+        }
+        found.append(PartResults(f"{folder.name}*", part, shared, of_name.get(TIMES), None, ()))
+    return found
+
+
+def _of_dimension(records: Mapping[int, Mapping[str, Any]], arm: str, *, has_widest: bool) -> dict[int, dict[str, Any]]:
+    """The records of a supernet of all dimensions with the sub-networks of one arm alone; with the
+    widest, which belongs to all, where `has_widest`."""
+    found = {}
+    for seed, record in records.items():
+        rows = [
+            row for row in record["subnets"] if (has_widest and row["name"] == "1") or row["name"].startswith(f"{arm} ")
+        ]
+        found[seed] = {**record, "subnets": [{**row, "name": row["name"].rpartition(" ")[2]} for row in rows]}
+    return found
 
 
 def make_sections(parts: Sequence[PartResults]) -> list[Section]:
     """The table of all sub-networks, that of the acceleration, and failed trainings."""
     rows = [_cells(part, row) for part in parts for row in part.rows]
     title = (
-        "Top-1 on test, %, mean over seeds; points minus the static line of another arm [95 % over images];\n"
-        "seeds: smallest and largest difference at equal MAdds of a seed; ≥: cheaper than what it is compared with\n"
-        f"{_compared(parts)}\n{_timed(parts)}"
+        "Top-1 on test, %, mean over seeds; points minus another arm's static line [95 % over images];\n"
+        "seeds: smallest and largest difference at equal MAdds; ≥: cheaper than all it is compared to\n"
+        f"*: all dimensions in one supernet; {_compared(parts)}\n{_timed(parts)}"
     )
     columns = ("", "M MAdds", "ms", "top-1", "at equal MAdds", "at equal ms", "seeds")
     sections = [Section(title, columns, rows)] if rows else []
@@ -276,7 +298,7 @@ def _timed(parts: Sequence[PartResults]) -> str:
     found = [
         f"{part.name} {part.times['engine']}, batch {part.times['batch_size']}, {plural(part.times['threads'], 'thread')}"
         for part in parts
-        if part.times is not None
+        if part.times is not None and not part.name.endswith("*")
     ]
     return f"ms: {'; '.join(found) or 'not measured'}"
 

@@ -6,7 +6,7 @@ Trainings need only torch and dsnet; measuring times also needs the platform's p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.settings import REGIMES, RegimeName, TrainSettings
+from dsnet.training.settings import REGIMES, Regime, RegimeName, TrainSettings
 from dsnet.training.supernet import TrainingCallbacks, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.train_cost import training_madds
@@ -73,8 +73,17 @@ class Arm:
     """None: the part's."""
     is_plain: bool = False
     """Whether the residual stream is sliced too: no channels stay idle behind the gate."""
+    of: tuple[str, ...] = ()
+    """The arms whose sub-networks it has, all of which learn in every step; empty: its own ones."""
+
+    def regime_in(self, usual: RegimeName) -> Regime:
+        """Its regime where `usual` is the part's."""
+        regime = REGIMES[self.regime or usual]
+        return replace(regime, widths="all", num_random=0) if self.of else regime
 
 
+ONE = "one"
+"""The supernet with the sub-networks of all dimensions."""
 CNN_ARMS: Mapping[str, Arm] = MappingProxyType(
     {
         CHANNELS: Arm(label="channels; the largest kernels", dimensions=(CHANNELS,), base=CHANNELS),
@@ -86,6 +95,7 @@ CNN_ARMS: Mapping[str, Arm] = MappingProxyType(
             base=CHANNELS,
             regime="mvco",
         ),
+        ONE: Arm(label="channels and kernels in one supernet", dimensions=(), base=ONE, of=(CHANNELS, KERNELS)),
     }
 )
 """Supernets of networks with kernels, in the order of the tables."""
@@ -103,6 +113,12 @@ VIT_ARMS: Mapping[str, Arm] = MappingProxyType(
             dimensions=(EMBED, HEADS, MLP),
             base=TOGETHER,
             regime="ib",
+        ),
+        ONE: Arm(
+            label="all dimensions in one supernet",
+            dimensions=(),
+            base=ONE,
+            of=(TOGETHER, EMBED, HEADS, MLP, DEPTH),
         ),
     }
 )
@@ -207,7 +223,7 @@ SCALES: Mapping[str, Mapping[str, Part]] = MappingProxyType(
                 sizes={"train": 6400, "gate": 1000, "val": 2000},
                 family="ds_tiny",
                 options={"width": 0.5, "num_routes": 3, "kernels": [3, 5, 7]},
-                train=TrainSettings(epochs=2, batch_size=32, warmup_epochs=0.25, channels_last=True),
+                train=TrainSettings(epochs=3, batch_size=32, warmup_epochs=0.25, channels_last=True),
                 recalibration_images=1600,
                 **_CNN,
             ),
@@ -289,14 +305,26 @@ def narrowed(spec: SupernetSpec, widths: Sequence[int], dimension: str, share: f
     return tuple(found)
 
 
+def _shrunk(spec: SupernetSpec, start: tuple[int, ...], dimensions: Sequence[str]) -> Iterator[tuple[int, ...]]:
+    """The widths with each share of the given dimensions."""
+    for share in SHARES:
+        widths = start
+        for dimension in dimensions:
+            widths = narrowed(spec, widths, dimension, share)
+        yield widths
+
+
 def members_of(part: Part, arm: Arm, task: Task) -> SubnetSet:
     """The sub-networks of an arm, from the cheapest: one for each budget, and the widest, which all
     arms have.
 
     The budgets are the MAdds of the widest sub-network with each of the ruler's widths. Names are
-    the budgets as shares of the widest's MAdds.
+    the budgets as shares of the widest's MAdds; behind the name of their dimension where an arm has
+    several of them.
     """
-    regime = REGIMES[arm.regime or part.regime]
+    if arm.of:
+        return _joined(part, arm, task)
+    regime = arm.regime_in(part.regime)
     whole = layout(part.family, task, part.options, regime.norm)
     if arm.is_plain:
         whole = replace(whole, spec=_with_sliced_stream(whole.spec))
@@ -312,12 +340,7 @@ def members_of(part: Part, arm: Arm, task: Task) -> SubnetSet:
     start = widest
     for dimension, width in arm.start.items():
         start = with_width(start, dimension, width)
-    candidates = {start: madds(start)}
-    for share in SHARES:
-        widths = start
-        for dimension in arm.dimensions:
-            widths = narrowed(spec, widths, dimension, share)
-        candidates[widths] = madds(widths)
+    candidates = {widths: madds(widths) for widths in {start, *_shrunk(spec, start, arm.dimensions)}}
     full = madds(widest)
     members = []
     for width in part.ruler_widths:
@@ -325,6 +348,18 @@ def members_of(part: Part, arm: Arm, task: Task) -> SubnetSet:
         nearest = min(candidates, key=lambda widths: (abs(candidates[widths] - budget), widths))
         members.append(Subnet(f"{budget / full:.2f}", nearest))
     return SubnetSet(spec, (*members, Subnet("1", widest)), whole.teacher)
+
+
+def _joined(part: Part, arm: Arm, task: Task) -> SubnetSet:
+    """The sub-networks of several arms, and the widest one once."""
+    sets = {name: members_of(part, arms_of(part.family)[name], task) for name in arm.of}
+    first = sets[arm.of[0]]
+    narrower = (
+        Subnet(f"{name} {subnet.name}", subnet.widths)
+        for name, subnets in sets.items()
+        for subnet in subnets.members[:-1]
+    )
+    return replace(first, members=(*narrower, first.members[-1]))
 
 
 def _with_sliced_stream(spec: SupernetSpec) -> SupernetSpec:
@@ -456,7 +491,7 @@ class CellRunner:
         """Stage I's settings of a cell; within a part only regime and seed differ."""
         return SupernetRun(
             train=self.part.train,
-            regime=REGIMES[arm.regime or self.part.regime],
+            regime=arm.regime_in(self.part.regime),
             augmentation=self.material.training.augmentation,
             normalization=self.material.normalization,
             seed=seed,
@@ -504,6 +539,8 @@ class CellRunner:
         timed_as: dict[str, str] = {}
         known: dict[tuple[bool, tuple[int, ...]], str] = {}
         for name, arm in arms_of(part.family).items():
+            if arm.of:
+                continue  # its networks are those of others
             supernet = build(part, arm, task, 0)
             subnets = supernet.subnets
             keys = [(arm.is_plain and subnet.name != "1", subnet.widths) for subnet in subnets]
