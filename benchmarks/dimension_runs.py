@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,7 +39,7 @@ from dsnet.network.supernet import Supernet
 from dsnet.network.transformer import PlainHead
 from dsnet.routers.base import Router
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import Subnet, SupernetSpec
+from dsnet.space.spec import ChannelGroup, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import REGIMES, Regime, RegimeName, TrainSettings
@@ -145,6 +146,9 @@ class Part:
     ruler_widths: tuple[int, ...]
     regime: RegimeName
     """Regime of the arms without one of their own."""
+    step: int
+    """Numbers of channels are multiples of it. ONNX Runtime runs depthwise convolutions of other
+    numbers than multiples of 16 by slower code on a CPU with AVX-512."""
     train: TrainSettings
     recalibration_images: int | None = None
     engine: str = "onnxruntime"
@@ -162,8 +166,8 @@ class Part:
         return asdict(self)
 
 
-_CNN: Mapping[str, Any] = MappingProxyType({"ruler": KERNELS, "ruler_widths": (3, 5), "regime": "ib"})
-_VIT: Mapping[str, Any] = MappingProxyType({"family": VIT, "ruler": DEPTH, "regime": "mvco"})
+_CNN: Mapping[str, Any] = MappingProxyType({"ruler": KERNELS, "ruler_widths": (3,), "regime": "ib", "step": 16})
+_VIT: Mapping[str, Any] = MappingProxyType({"family": VIT, "ruler": DEPTH, "regime": "mvco", "step": 8})
 SCALES: Mapping[str, Mapping[str, Part]] = MappingProxyType(
     {
         "quick": {
@@ -171,7 +175,7 @@ SCALES: Mapping[str, Mapping[str, Part]] = MappingProxyType(
                 data="digits",
                 sizes={"train": 96, "gate": 60, "val": 60, "test": 100},
                 family="ds_tiny",
-                options={"width": 0.5, "num_routes": 3, "kernels": [3, 5, 7]},
+                options={"width": 0.5, "num_routes": 3, "gated_widths": [[16, 32, 64], [32, 64, 128]], "kernels": [3, 5, 7]},
                 train=TrainSettings(epochs=1, batch_size=48, warmup_epochs=0.5),
                 engine=TORCH,
                 rounds=3,
@@ -188,7 +192,7 @@ SCALES: Mapping[str, Mapping[str, Part]] = MappingProxyType(
                 dynamic={"dim": 16, "heads": 4, "depth": 3},
                 dynamic_batches=(4,),
                 dynamic_rounds=5,
-                **_VIT,
+                **{**_VIT, "step": 1},
             ),
         },
         "cpu": {
@@ -203,7 +207,7 @@ SCALES: Mapping[str, Mapping[str, Part]] = MappingProxyType(
                     "gated_widths": [[24, 52, 80], [48, 96, 144]],
                     "kernels": [3, 5, 7],
                 },
-                train=TrainSettings(epochs=2, batch_size=32, warmup_epochs=0.25, channels_last=True),
+                train=TrainSettings(epochs=3, batch_size=32, warmup_epochs=0.25, channels_last=True),
                 recalibration_images=1600,
                 **_CNN,
             ),
@@ -222,7 +226,7 @@ SCALES: Mapping[str, Mapping[str, Part]] = MappingProxyType(
                 data="cifar10",
                 sizes={"train": 6400, "gate": 1000, "val": 2000},
                 family="ds_tiny",
-                options={"width": 0.5, "num_routes": 3, "kernels": [3, 5, 7]},
+                options={"width": 0.5, "num_routes": 3, "gated_widths": [[16, 32, 64], [32, 64, 128]], "kernels": [3, 5, 7]},
                 train=TrainSettings(epochs=3, batch_size=32, warmup_epochs=0.25, channels_last=True),
                 recalibration_images=1600,
                 **_CNN,
@@ -294,24 +298,39 @@ def groups_of(spec: SupernetSpec) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def narrowed(spec: SupernetSpec, widths: Sequence[int], dimension: str, share: float) -> tuple[int, ...]:
-    """The widths with those of one dimension at a share of themselves, each the nearest possible
-    one."""
-    found = list(widths)
-    for number in groups_of(spec)[dimension]:
-        most = widths[number]
-        possible = [choice for choice in spec.groups[number].choices or range(1, most + 1) if choice <= most]
-        found[number] = min(possible, key=lambda width: (abs(width - share * most), -width))
-    return tuple(found)
+def narrowed(
+    spec: SupernetSpec, widths: Sequence[int], dimensions: Sequence[str], step: int
+) -> Iterator[tuple[int, ...]]:
+    """The widths with those of some dimensions at each of `SHARES`.
 
+    A width is the nearest possible one. In networks with few groups of channels, each of them is
+    also rounded the other way, because multiples of the step are far apart there.
 
-def _shrunk(spec: SupernetSpec, start: tuple[int, ...], dimensions: Sequence[str]) -> Iterator[tuple[int, ...]]:
-    """The widths with each share of the given dimensions."""
+    Args:
+        spec: the network.
+        widths: the widths at a share of 1.
+        dimensions: the dimensions.
+        step: numbers of channels are multiples of it, or as in `widths`.
+    """
+    numbers = [number for dimension in dimensions for number in groups_of(spec)[dimension]]
+    possible = {number: _possible(spec.groups[number], widths[number], step) for number in numbers}
+    num_tried = 2 if CHANNELS in dimensions else 1
     for share in SHARES:
-        widths = start
-        for dimension in dimensions:
-            widths = narrowed(spec, widths, dimension, share)
-        yield widths
+        tried = [
+            sorted(possible[number], key=lambda width: (abs(width - share * widths[number]), -width))[:num_tried]
+            for number in numbers
+        ]
+        for chosen in product(*tried):
+            found = dict(zip(numbers, chosen, strict=True))
+            yield tuple(found.get(number, width) for number, width in enumerate(widths))
+
+
+def _possible(group: ChannelGroup, most: int, step: int) -> list[int]:
+    """The widths of a group up to `most`."""
+    if group.choices:
+        return [choice for choice in group.choices if choice <= most]
+    own = group.step(step)
+    return [*range(own, most, own), most]
 
 
 def members_of(part: Part, arm: Arm, task: Task) -> SubnetSet:
@@ -340,7 +359,7 @@ def members_of(part: Part, arm: Arm, task: Task) -> SubnetSet:
     start = widest
     for dimension, width in arm.start.items():
         start = with_width(start, dimension, width)
-    candidates = {widths: madds(widths) for widths in {start, *_shrunk(spec, start, arm.dimensions)}}
+    candidates = {widths: madds(widths) for widths in {start, *narrowed(spec, start, arm.dimensions, part.step)}}
     full = madds(widest)
     members = []
     for width in part.ruler_widths:
