@@ -26,6 +26,7 @@ from benchmarks.dimension_runs import (
     ACCELERATION,
     EMBED,
     KERNELS,
+    ONE,
     SCALES,
     TIMES,
     VIT_ARMS,
@@ -49,6 +50,7 @@ from dsnet.errors import ConfigError, PreflightError
 from dsnet.families import Task
 from dsnet.files import read_json
 from dsnet.space.cost import subnet_cost
+from dsnet.training.settings import REGIMES
 from dsnet.training.train_cost import training_madds
 
 PARTS = [(scale, name) for scale, parts in SCALES.items() for name in parts]
@@ -63,7 +65,8 @@ def task_of(part: Part) -> Task:
 def test_arms_meet_the_same_budgets_in_their_own_dimensions(scale: str, name: str) -> None:
     part = SCALES[scale][name]
     task = task_of(part)
-    sets = {arm: members_of(part, arms_of(part.family)[arm], task) for arm in arms_of(part.family)}
+    arms = arms_of(part.family)
+    sets = {arm: members_of(part, arms[arm], task) for arm in arms if not arms[arm].of}
     ruler = sets[part.ruler]
     budgets = [subnet_cost(ruler.spec, subnet, task.image_size).madds for subnet in ruler]
     assert [ruler[number].widths[groups_of(ruler.spec)[part.ruler][0]] for number in range(len(part.ruler_widths))] == [
@@ -71,15 +74,29 @@ def test_arms_meet_the_same_budgets_in_their_own_dimensions(scale: str, name: st
     ]
     assert budgets == sorted(set(budgets))
     for arm, subnets in sets.items():
-        own = arms_of(part.family)[arm]
+        own = arms[arm]
         groups, widest = groups_of(subnets.spec), subnets[len(subnets) - 1].widths
         assert widest == ruler[len(ruler) - 1].widths
         allowed = {number for dimension in (*own.dimensions, *own.start) for number in groups[dimension]}
         for subnet, budget in zip(subnets, budgets, strict=True):
             madds = subnet_cost(subnets.spec, subnet, task.image_size).madds
-            assert madds == pytest.approx(budget, rel=0.04), (arm, subnet)
+            assert madds == pytest.approx(budget, rel=0.1 if arm == "both" else 0.06), (arm, subnet)
             changed = {number for number, width in enumerate(subnet.widths) if width != widest[number]}
             assert changed <= allowed, (arm, subnet)
+
+
+@pytest.mark.parametrize("name", ["tiny", "vit"])
+def test_one_supernet_has_the_sub_networks_of_all_dimensions(name: str) -> None:
+    part = SCALES["cpu"][name]
+    arms, task = arms_of(part.family), task_of(part)
+    joined = members_of(part, arms[ONE], task)
+    widths = {subnet.name: subnet.widths for subnet in joined}
+    for arm in arms[ONE].of:
+        *narrower, widest = members_of(part, arms[arm], task)
+        assert [widths.pop(f"{arm} {subnet.name}") for subnet in narrower] == [subnet.widths for subnet in narrower]
+        assert joined.members[-1] == widest
+    assert set(widths) == {"1"}
+    assert arms[ONE].regime_in(part.regime) == replace(REGIMES[part.regime], widths="all", num_random=0)
 
 
 @pytest.mark.parametrize("name", ["mbnet", "vit", "tiny"])
@@ -90,6 +107,7 @@ def test_trainings_cost_the_same_to_5_percent(name: str) -> None:
     costs = [
         training_madds(runner.run_of(arm, 0), members_of(part, arm, task), 600, task.image_size)
         for arm in arms_of(part.family).values()
+        if not arm.of
     ]
     assert max(costs) / min(costs) <= 1.05
 
@@ -98,7 +116,17 @@ def test_both_narrows_kernels_and_channels() -> None:
     part = SCALES["cpu"]["tiny"]
     subnets = members_of(part, arms_of(part.family)["both"], task_of(part))
     kernels = groups_of(subnets.spec)[KERNELS]
-    assert [subnet.widths[kernels[0]] for subnet in subnets] == [5, 5, 7]
+    assert [subnet.widths[kernels[0]] for subnet in subnets] == [5, 7]
+    assert subnets[0].widths[-1] < subnets[1].widths[-1]
+
+
+def test_numbers_of_channels_are_multiples_of_the_step() -> None:
+    part = SCALES["cpu"]["vit"]
+    subnets = members_of(part, VIT_ARMS["together"], task_of(part))
+    groups = groups_of(subnets.spec)
+    for dimension in (EMBED, "mlp"):
+        assert all(subnets[0].widths[number] % part.step == 0 for number in groups[dimension])
+    assert subnets[0].widths[groups["heads"][0]] == 6  # heads are counted one by one
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +170,11 @@ def silent(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of three arms of the quick transformer."""
+    """A finished run of four arms of the quick transformer."""
     root = tmp_path_factory.mktemp("dimensions")
     material = load_part(QUICK_VIT, None)
     begin(root / "vit", QUICK_VIT, material)
-    todo = cells_of(QUICK_VIT, (0, 1), ("together", EMBED, "plain"))
+    todo = cells_of(QUICK_VIT, (0, 1), ("together", EMBED, "plain", ONE))
     assert do_jobs(root / "vit", todo, CellRunner(QUICK_VIT, material, torch.device("cpu")), say=silent) == []
     return root
 
@@ -159,9 +187,9 @@ def test_the_tables_fit_100_columns_and_agree_with_the_records(
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:-1])) <= WIDTH
     assert "…" not in printed
-    (part,) = load_results(folder)
-    report = make_report([part])
-    assert printed.startswith(as_text(make_sections([part])))
+    part, shared = load_results(folder)
+    report = make_report([part, shared])
+    assert printed.startswith(as_text(make_sections([part, shared])))
     assert 1 <= report.headline.estimate.value <= report.headline.goal
     rows = {(row.arm, row.name): row for row in part.rows}
     assert [row.arm for row in part.rows] == [name for name in ("together", EMBED, "plain") for _ in range(2)]
@@ -175,12 +203,20 @@ def test_the_tables_fit_100_columns_and_agree_with_the_records(
     assert difference is not None
     assert difference.value == pytest.approx(np.mean(rows["plain", "1"].by_seed))
     assert {row.ms for row in part.rows if row.name == "1"} == {rows["together", "1"].ms}  # one network, timed once
+    assert shared.name == "vit*"
+    assert [(row.arm, row.name) for row in shared.rows] == [
+        ("together", "0.75"), ("together", "1"), (EMBED, "0.75"), ("heads", "0.75"), ("mlp", "0.75"), ("depth", "0.75")
+    ]  # fmt: skip
+    record = read_json(record_path(folder / "vit", Cell(ONE, 0)))
+    of_name = {row["name"]: row for row in record["subnets"]}
+    assert shared.arms["mlp"].right(0)[:, 0].mean() == of_name["mlp 0.75"]["top1"]
+    assert shared.training_ratio == 1
     assert read_json(folder / "report.json")["vit"]["seeds"][EMBED] == [0, 1]
 
 
 @pytest.mark.slow
 def test_the_acceleration_is_that_of_the_stored_rounds(folder: Path) -> None:
-    (part,) = load_results(folder)
+    part, _ = load_results(folder)
     assert part.acceleration is not None
     (found,) = accelerations(part)
     madds, samples = part.acceleration["madds"], part.acceleration["batches"][0]["samples_ms"]
