@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -114,7 +114,8 @@ class ArmResults:
 
 @dataclass(frozen=True)
 class PartResults:
-    """The finished cells of a part."""
+    """The finished cells of a part: of its supernets of one dimension each, or of that of all
+    dimensions, whose sub-networks are taken as arms."""
 
     name: str
     part: Mapping[str, Any]
@@ -122,6 +123,13 @@ class PartResults:
     times: Mapping[str, Any] | None
     acceleration: Mapping[str, Any] | None
     failures: tuple[Mapping[str, Any], ...]
+    is_shared: bool = False
+    """Whether all arms are in one supernet."""
+
+    @property
+    def title(self) -> str:
+        """Its name in the tables."""
+        return f"{self.name}*" if self.is_shared else self.name
 
     @cached_property
     def samples(self) -> Samples | None:
@@ -243,7 +251,7 @@ def _part_results(folder: Path) -> list[PartResults]:
             each: ArmResults(_of_dimension(trained[name], each, has_widest=arms[each].base == each))
             for each in arms[name].of
         }
-        found.append(PartResults(f"{folder.name}*", part, shared, of_name.get(TIMES), None, ()))
+        found.append(replace(own, arms=shared, acceleration=None, failures=(), is_shared=True))
     return found
 
 
@@ -298,14 +306,14 @@ def _timed(parts: Sequence[PartResults]) -> str:
     found = [
         f"{part.name} {part.times['engine']}, batch {part.times['batch_size']}, {plural(part.times['threads'], 'thread')}"
         for part in parts
-        if part.times is not None and not part.name.endswith("*")
+        if part.times is not None and not part.is_shared
     ]
     return f"ms: {'; '.join(found) or 'not measured'}"
 
 
 def _cells(part: PartResults, row: Row) -> tuple[str, ...]:
     return (
-        f"{part.name} {row.arm} {row.name}",
+        f"{part.title} {row.arm} {row.name}",
         f"{row.madds / 1e6:.3g}",
         "" if row.ms is None else f"{row.ms.value:.3g}",
         f"{100 * row.top1:.1f}",
@@ -354,16 +362,16 @@ def accelerations(part: PartResults) -> list[dict[str, Any]]:
 
 def make_report(parts: Sequence[PartResults]) -> Report:
     """The report for the harness; the headline says how equal the costs of the trainings are."""
-    ratios = [part.training_ratio for part in parts if part.arms]
-    label = f"training MAdds, dearest supernet over cheapest, {', '.join(part.name for part in parts)}"
-    headline = Headline(label, Estimate.exact(max(ratios, default=math.nan)), "", GOAL)
+    ratios = {part.name: part.training_ratio for part in parts if part.arms and not part.is_shared}
+    label = f"training MAdds, dearest supernet over cheapest, {', '.join(ratios)}"
+    headline = Headline(label, Estimate.exact(max(ratios.values(), default=math.nan)), "", GOAL)
     return Report(make_sections(parts), headline, figures(parts))
 
 
 def figures(parts: Sequence[PartResults]) -> dict[str, Any]:
     """All numbers of the tables, JSON-able; accuracies and differences are fractions."""
     return {
-        part.name: {
+        part.title: {
             "part": dict(part.part),
             "training_ratio": part.training_ratio if part.arms else None,
             "seeds": {name: list(arm.records) for name, arm in part.arms.items()},
