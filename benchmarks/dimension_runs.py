@@ -147,8 +147,8 @@ class Part:
     regime: RegimeName
     """Regime of the arms without one of their own."""
     step: int
-    """Numbers of channels are multiples of it. On a CPU with AVX-512, ONNX Runtime takes as long for
-    other multiples of 4 as for the next multiple of 16, and much longer for numbers between."""
+    """Numbers of channels are multiples of it. On a CPU with AVX-512, ONNX Runtime takes as long
+    for other multiples of 4 as for the next multiple of 16, and much longer for numbers between."""
     train: TrainSettings
     recalibration_images: int | None = None
     engine: str = "onnxruntime"
