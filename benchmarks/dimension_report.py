@@ -125,6 +125,8 @@ class PartResults:
     failures: tuple[Mapping[str, Any], ...]
     is_shared: bool = False
     """Whether all arms are in one supernet."""
+    batch: int | None = None
+    """Batch size of the times; None: the part's."""
 
     @property
     def title(self) -> str:
@@ -133,10 +135,15 @@ class PartResults:
 
     @cached_property
     def samples(self) -> Samples | None:
-        """Times of the networks."""
-        if self.times is None:
-            return None
-        return Samples({name: np.array(ms) for name, ms in self.times["samples_ms"].items()})
+        """Times of the networks; None where they were not measured at this batch size."""
+        batches = [] if self.times is None else self.times["batches"]
+        found = (each for each in batches if each["batch_size"] == self.timed_batch)
+        return next((Samples({name: np.array(ms) for name, ms in each["samples_ms"].items()}) for each in found), None)
+
+    @property
+    def timed_batch(self) -> int:
+        """Batch size of the times."""
+        return int(self.part["timed_batch"]) if self.batch is None else self.batch
 
     def ms(self, arm: str, name: str) -> Estimate | None:
         """Time of a sub-network; None if it was not measured."""
@@ -216,19 +223,23 @@ def differences(
     return [Difference(float(value), float(low), float(high), bool(bound)) for value, low, high, bound in ends]
 
 
-def load_results(folder: Path) -> list[PartResults]:
+def load_results(folder: Path, batch: int | None = None) -> list[PartResults]:
     """The finished cells of every part in a folder.
+
+    Args:
+        folder: the folder of `run`.
+        batch: batch size of the times; None: those of the parts.
 
     Raises:
         PreflightError: there are none.
     """
-    found = [part for path in sorted(folder.glob(f"*/{PLAN}")) for part in _part_results(path.parent)]
+    found = [part for path in sorted(folder.glob(f"*/{PLAN}")) for part in _part_results(path.parent, batch)]
     if not any(part.arms or part.acceleration for part in found):
         raise PreflightError(f"{folder} has no finished cells; run `run` first, with the same --folder")
     return found
 
 
-def _part_results(folder: Path) -> list[PartResults]:
+def _part_results(folder: Path, batch: int | None) -> list[PartResults]:
     """The supernets of one dimension each, and then those of all dimensions, whose sub-networks are
     taken as arms."""
     part = read_json(folder / PLAN)["scale"]
@@ -244,6 +255,7 @@ def _part_results(folder: Path) -> list[PartResults]:
         of_name.get(TIMES),
         of_name.get(ACCELERATION),
         tuple(record for record in records if "error" in record),
+        batch=batch,
     )
     found = [own]
     for name in (name for name in trained if arms[name].of):
@@ -279,7 +291,7 @@ def make_sections(parts: Sequence[PartResults]) -> list[Section]:
     sections = [Section(title, columns, rows)] if rows else []
     found = [_acceleration_rows(part) for part in parts if part.acceleration is not None]
     if found:
-        speed = ("batch", "widest ms", "dynamic ms", "widest/dynamic", "MAdds allow", "widest/cheapest")
+        speed = ("batch", "widest ms", "dynamic", "widest/dynamic", "by MAdds", "ceiling: widest/cheapest", "by MAdds")
         what = "Acceleration of dynamic inference, equal shares of four routes of DS-ViT++ [95 % over rounds]"
         sections.append(Section(what, speed, [row for rows in found for row in rows]))
     failed = [
@@ -304,9 +316,9 @@ def _compared(parts: Sequence[PartResults]) -> str:
 def _timed(parts: Sequence[PartResults]) -> str:
     """What ran the timed networks of each part."""
     found = [
-        f"{part.name} {part.times['engine']}, batch {part.times['batch_size']}, {plural(part.times['threads'], 'thread')}"
+        f"{part.name} {part.times['engine']}, batch {part.timed_batch}, {plural(part.times['threads'], 'thread')}"
         for part in parts
-        if part.times is not None and not part.is_shared
+        if part.times is not None and part.samples is not None and not part.is_shared
     ]
     return f"ms: {'; '.join(found) or 'not measured'}"
 
@@ -327,20 +339,21 @@ def _acceleration_rows(part: PartResults) -> list[tuple[str, ...]]:
     return [
         (
             str(found["batch_size"]),
-            found["widest"].text(2),
-            found["dynamic"].text(2),
+            f"{found['widest'].value:.3g}",
+            f"{found['dynamic'].value:.3g}",
             found["measured"].text(2),
             f"{found['of_madds']:.2f}",
             found["ceiling"].text(2),
+            f"{found['madds_ceiling']:.2f}",
         )
         for found in accelerations(part)
     ]
 
 
 def accelerations(part: PartResults) -> list[dict[str, Any]]:
-    """For each batch size: milliseconds of the widest network and of dynamic inference, their
-    ratio, the ratio of the widest's MAdds to the mean of the routes, and the ceiling: the ratio of
-    the times of the widest and the cheapest network."""
+    """For each batch size: milliseconds of the widest network and of dynamic inference, and their
+    ratio beside that of the MAdds; and the ceiling, the ratio of the times of the widest and the
+    cheapest network, beside that of the MAdds."""
     if part.acceleration is None:
         return []
     madds = part.acceleration["madds"]
@@ -355,6 +368,7 @@ def accelerations(part: PartResults) -> list[dict[str, Any]]:
                 "measured": samples.ratio(["static widest"], ["dynamic"]),
                 "of_madds": max(madds) * len(madds) / sum(madds),
                 "ceiling": samples.ratio(["static widest"], ["static cheapest"]),
+                "madds_ceiling": max(madds) / min(madds),
             }
         )
     return found

@@ -55,6 +55,10 @@ CHANNELS, KERNELS, EMBED, HEADS, MLP, DEPTH = "channels", "kernels", "embed", "h
 DIMENSIONS = (CHANNELS, KERNELS, EMBED, HEADS, MLP, DEPTH)
 SHARES = tuple((number + 1) / 256 for number in range(256))
 """Shares of a dimension among which that of a budget is looked for."""
+ALSO_TIMED = 64
+"""Batch size at which networks are timed beside that of the part."""
+BUDGET_S = 120.0
+"""Seconds after which no further round of times begins."""
 TIMED_POOL = 64
 """Images that the timed networks get their statistics from."""
 
@@ -553,8 +557,7 @@ class CellRunner:
         pool = torch.randn(
             TIMED_POOL, task.in_channels, *height_and_width(task.image_size), generator=torch.Generator().manual_seed(0)
         )
-        batch = _repeated(pool, part.timed_batch).to(self.device)
-        calls: dict[str, Callable[[], object]] = {}
+        networks: dict[str, Callable[[Tensor], object]] = {}
         timed_as: dict[str, str] = {}
         known: dict[tuple[bool, tuple[int, ...]], str] = {}
         for name, arm in arms_of(part.family).items():
@@ -567,20 +570,18 @@ class CellRunner:
             if any(key not in known for key in keys):
                 recalibrate(supernet, [pool])  # else activations shrink to denormals, which are slow
                 supernet.eval()
-                networks = self._opened(supernet)
-                for number, (key, cell) in enumerate(zip(keys, own, strict=True)):
+                for key, cell, network in zip(keys, own, self._opened(supernet), strict=True):
                     if key not in known:
-                        known[key] = cell
-                        calls[cell] = partial(networks[number], batch)
+                        known[key], networks[cell] = cell, network
             timed_as |= {cell: known[key] for key, cell in zip(keys, own, strict=True)}
-        with torch.inference_mode():
-            samples = sample_interleaved(calls, rounds=part.rounds, warmup=5, device=self.device)
-        return {
-            "engine": self._engine,
-            "batch_size": part.timed_batch,
-            "timed_as": timed_as,
-            "samples_ms": {name: values.tolist() for name, values in samples.ms.items()},
-        }
+        batches = []
+        for size in dict.fromkeys((part.timed_batch, ALSO_TIMED)):
+            batch = _repeated(pool, size).to(self.device)
+            calls = {name: partial(network, batch) for name, network in networks.items()}
+            with torch.inference_mode():
+                samples = sample_interleaved(calls, rounds=part.rounds, warmup=3, budget_s=BUDGET_S, device=self.device)
+            batches.append({"batch_size": size, "samples_ms": {n: ms.tolist() for n, ms in samples.ms.items()}})
+        return {"engine": self._engine, "timed_as": timed_as, "batches": batches}
 
     @property
     def _engine(self) -> str:

@@ -103,7 +103,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Print the table, and write it with all numbers into the folder."""
     from benchmarks.dimension_report import as_text, figures, load_results, make_sections, markdown
 
-    results = load_results(arguments.folder)
+    results = load_results(arguments.folder, arguments.batch)
     sections = make_sections(results)
     atomic_write_text(arguments.folder / "report.md", markdown(sections))
     atomic_write_json(arguments.folder / "report.json", figures(results))
@@ -126,6 +126,9 @@ def parser() -> argparse.ArgumentParser:
     two = commands.add_parser("report", help="the table of the finished cells")
     two.set_defaults(command=report)
     two.add_argument("--folder", type=Path, required=True)
+    two.add_argument(
+        "--batch", type=int, help="batch size of the times: that of the scale, which is the default, or 64"
+    )
     return top
 
 
