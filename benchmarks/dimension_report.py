@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.alone_runs import load_records
 from benchmarks.dimension_runs import ACCELERATION, TIMES, arms_of, unpacked
 from benchmarks.harness import Estimate, Headline, Report, Samples, Section, show
-from benchmarks.regime_report import markdown
+from benchmarks.regime_report import markdown, t_interval
 from benchmarks.regime_runs import PLAN
 from dsnet.errors import PreflightError
 from dsnet.files import read_json
@@ -284,7 +284,7 @@ def make_sections(parts: Sequence[PartResults]) -> list[Section]:
     rows = [_cells(part, row) for part in parts for row in part.rows]
     title = (
         "Top-1 on test, %, mean over seeds; points minus another arm's static line [95 % over images];\n"
-        "seeds: smallest and largest difference at equal MAdds; ≥: cheaper than all it is compared to\n"
+        "seeds: half of the 95 % t-interval over seeds, at equal MAdds; ≥: cheaper than the other arm\n"
         f"*: all dimensions in one supernet; {_compared(parts)}\n{_timed(parts)}"
     )
     columns = ("", "M MAdds", "ms", "top-1", "at equal MAdds", "at equal ms", "seeds")
@@ -331,8 +331,14 @@ def _cells(part: PartResults, row: Row) -> tuple[str, ...]:
         f"{100 * row.top1:.1f}",
         "" if row.at_madds is None else row.at_madds.text(),
         "" if row.at_ms is None else row.at_ms.text(),
-        "" if not row.by_seed else f"{signed(100 * min(row.by_seed))}..{signed(100 * max(row.by_seed))}",
+        _over_seeds(row.by_seed),
     )
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """Half of the t-interval over seeds, in points; empty for fewer than two."""
+    half = t_interval(values).half if values else None
+    return "" if half is None else f"±{100 * half:.1f}"
 
 
 def _acceleration_rows(part: PartResults) -> list[tuple[str, ...]]:

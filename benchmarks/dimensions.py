@@ -6,6 +6,7 @@ reaches in one dimension. Weights at the start, images, steps and settings are e
 trainings cost the same (the table says how nearly). Accuracy is that on `test`, on which nothing is
 chosen. A difference is paired over the images: the mean over seeds of a sub-network minus the
 static line of the arm that it is compared with, at equal MAdds, and again at equal milliseconds.
+With `*`, all dimensions are in one supernet, whose training is the same for all of them.
 
 Beside the dimensions: multi-view consistency against in-place bootstrapping (`ib`, `mvco`), and
 the embedding sliced with an idle part of the stream (`embed`) against a stream that is sliced too
