@@ -727,7 +727,9 @@ def check_graphs(path: Path, folder: Path, precision: str) -> int:
     return max(found, default=0)
 
 
-def bundle_with_graphs(path: Path, graphs: Path, engine: Engine, precision: str = FLOAT32) -> Bundle:
+def bundle_with_graphs(
+    path: Path, graphs: Path, engine: Engine, precision: str = FLOAT32, threads: int | None = None
+) -> Bundle:
     """A bundle that runs in an engine with the graphs of any folder, such as one that is still
     being exported.
 
@@ -736,11 +738,12 @@ def bundle_with_graphs(path: Path, graphs: Path, engine: Engine, precision: str 
         graphs: the folder with the graphs.
         engine: the engine, which is installed.
         precision: the precision of the graphs.
+        threads: threads of one call; None: those of torch.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    return _assemble(path, _read_manifest(path), _Loading(graphs, engine, precision))
+    return _assemble(path, _read_manifest(path), _Loading(graphs, engine, precision, threads=threads))
 
 
 def check_bundle_files(bundle: Bundle) -> None:

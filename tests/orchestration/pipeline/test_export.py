@@ -276,6 +276,23 @@ def in_int8(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.slow
+def test_the_time_in_int8_is_told_beside_float32_and_the_widest_static_sub_network(
+    finished: Finished, in_int8: Path
+) -> None:
+    content = json.loads((in_int8 / "runs" / "tiny" / "export" / "knee" / "onnx_int8" / "accuracy.json").read_text())
+    timed = content["latency"]
+    assert timed["threads"] == finished.results.config.measure.threads
+    assert "ONNX Runtime" in timed["device"]
+    assert set(timed["ms"]) == {str(size) for size in finished.results.config.measure.batch_sizes}
+    for rows in timed["ms"].values():
+        assert set(rows) == {"widest", *content["points"]}
+        for row in rows.values():
+            low, high = row["ratio_interval"]
+            assert 0 < low <= high
+            assert row["ratio"] == pytest.approx(row["int8"]["median_ms"] / row["float32"]["median_ms"])
+
+
+@pytest.mark.slow
 def test_the_accuracy_in_int8_is_that_of_the_int8_network_beside_its_own_controls(
     finished: Finished, in_int8: Path
 ) -> None:
