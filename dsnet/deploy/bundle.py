@@ -54,8 +54,8 @@ from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_exactly, load_tensors, save_tensors, tensors_below
 
 SCHEMA_VERSION = 1
-EXAMPLES = "examples.safetensors"
-"""Name of the file of the examples."""
+WEIGHTS, EXAMPLES, GATE_YAML = "weights.safetensors", "examples.safetensors", "gate.yaml"
+"""Names of the files beside the manifest."""
 NUM_EXAMPLES = 16
 MAX_SIDE = 16_384
 """Largest height and width of a bundle's images in pixels."""
@@ -405,7 +405,7 @@ def save_bundle(folder: Path, contents: BundleContents, *, claims: Mapping[str, 
         PreflightError: `folder` holds something other than a bundle, which would be lost.
         ValueError: two operating points have the same name.
     """
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not _is_replaceable(folder):
         raise PreflightError(f"{folder}: exists already and is not a bundle; remove it, or export to another folder")
     small = restrict(contents.supernet, contents.routes).cpu().eval()
     position = {route: index for index, route in enumerate(contents.routes)}
@@ -464,13 +464,23 @@ def _write_files(
     gate_yaml: str,
 ) -> None:
     files = {
-        "weights.safetensors": save_tensors(draft / "weights.safetensors", weights),
+        WEIGHTS: save_tensors(draft / WEIGHTS, weights),
         EXAMPLES: save_tensors(draft / EXAMPLES, examples),
     }
-    (draft / "gate.yaml").write_text(gate_yaml, encoding="utf-8")
-    files["gate.yaml"] = file_sha256(draft / "gate.yaml")
+    (draft / GATE_YAML).write_text(gate_yaml, encoding="utf-8")
+    files[GATE_YAML] = file_sha256(draft / GATE_YAML)
     manifest = {**manifest, "files": files}
     atomic_write_json(draft / MANIFEST, {**manifest, "sha256": own_digest(manifest)})
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or a bundle, also one that has lost its manifest."""
+    if not folder.is_dir():
+        return False
+    is_bundle = (folder / MANIFEST).is_file() or all(
+        (folder / name).is_file() for name in (WEIGHTS, EXAMPLES, GATE_YAML)
+    )
+    return is_bundle or not any(folder.iterdir())
 
 
 def _swap(draft: Path, folder: Path) -> None:
@@ -629,7 +639,7 @@ def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bun
 
 def _stored_supernet(path: Path, manifest: Mapping[str, Any]) -> tuple[Supernet, Mapping[str, Tensor]]:
     """The supernet in eval mode on the CPU, and all tensors of the bundle."""
-    weights = _tensors_of(path, manifest, "weights.safetensors")
+    weights = _tensors_of(path, manifest, WEIGHTS)
     supernet = rebuild(SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"]))
     load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
     return supernet.eval(), weights

@@ -440,6 +440,14 @@ def test_a_failed_save_leaves_the_old_bundle_and_nothing_else(folder: Path) -> N
     assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
 
 
+def test_a_bundle_that_lost_its_manifest_is_written_again(tmp_path: Path) -> None:
+    folder = save(tmp_path / "bundle")
+    (folder / "bundle.json").unlink()
+    (folder / "notes.txt").write_text("mine")
+    save(folder)
+    assert dsnet.load_bundle(folder).operating_points
+
+
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"dear")
