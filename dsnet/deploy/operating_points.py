@@ -77,6 +77,10 @@ class OperatingPoint:
     def _of_val(self, metric: str) -> float | None:
         return self.claims.get("val", {}).get(metric)
 
+    def __repr__(self) -> str:
+        """Without the weights of the router and the claims, which fill pages in an interpreter."""
+        return f"OperatingPoint({self})"
+
     def __str__(self) -> str:
         numbers = [
             "" if self.madds_m is None else f"{self.madds_m:.3g} M MAdds",
