@@ -566,7 +566,11 @@ def pareto(
     "operating points: members (all static sub-networks) or front (all gates of the front).",
 )
 @click.option(
-    "--format", "formats", multiple=True, help="Additional format of each bundle, beside those of export.formats."
+    "--format",
+    "formats",
+    multiple=True,
+    help="Additional format of each bundle, beside those of export.formats and of earlier exports, which are kept: onnx, "
+    "onnx_single, onnx_photo, torch_export, static, onnx_int8, or that of a plugin. May be given several times.",
 )
 @click.option(
     "--out",
