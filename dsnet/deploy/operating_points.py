@@ -84,7 +84,7 @@ class OperatingPoint:
     def __str__(self) -> str:
         numbers = [
             "" if self.madds_m is None else f"{self.madds_m:.3g} M MAdds",
-            "" if self.top1 is None else f"top-1 {100 * self.top1:.1f} %",
+            "" if self.top1 is None else f"top-1 {100 * self.top1:.1f} % on val",
         ]
         known = ", ".join(filter(None, numbers))
         return f"{self.name} ({known})" if known else self.name

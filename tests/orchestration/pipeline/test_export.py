@@ -431,6 +431,11 @@ def test_predict_answers_photos_as_the_bundle_answers_the_data_and_names_what_it
     assert f"{tmp_path / 'gone.png'}: cannot be read" in answer.err
     assert call(finished.folder, "predict", path, tmp_path / "scan-0.png").code == 0
     assert call(finished.folder, "predict", tmp_path / "none", tmp_path / "scan-0.png").code == 9
+    by_torch = call(finished.folder, "predict", path, tmp_path / "scan-0.png", "--engine", "torch", "--json")
+    assert by_torch.json["predictions"][0]["class"] == rows[0]["class"]
+    unknown = call(finished.folder, "predict", path, tmp_path / "scan-0.png", "--engine", "torhc")
+    assert unknown.code == 2
+    assert problems_of_message(unknown, ["unknown engine 'torhc'", "did you mean 'torch'"]) == []
 
 
 @pytest.mark.parametrize(
@@ -503,6 +508,7 @@ def test_a_folder_that_is_no_bundle_is_not_overwritten(finished: Finished, tmp_p
     assert precious.read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_formats_of_an_earlier_export_are_kept_unless_they_are_damaged(
     finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
