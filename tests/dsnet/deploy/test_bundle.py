@@ -639,6 +639,13 @@ def test_a_wrong_argument_is_no_damaged_bundle(
     assert not isinstance(raised.value, CheckpointError)
 
 
+def test_a_gpu_that_is_not_there_is_refused_with_their_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(PreflightError, match="device is cuda:2, but torch sees 2 GPUs here, numbered from 0"):
+        load_bundle(folder, device="cuda:2")
+
+
 def test_images_that_are_no_tensor_or_elsewhere_are_refused(tmp_path: Path) -> None:
     supernet = small_supernet()
     bundle = load_bundle(save(tmp_path / "bundle", supernet, router=gate(supernet)))
