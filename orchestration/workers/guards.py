@@ -34,7 +34,7 @@ def agents_of(raylet: int) -> dict[int, str]:
 
 
 class Guard:
-    """A process that ends all of several processes as soon as one of them has ended.
+    """A process that ends all of several processes as soon as one of them, or this one, has ended.
 
     Args:
         names: pid and name of the processes that are waited for.
@@ -67,7 +67,8 @@ class Guard:
     def stop(self) -> None:
         """End the guard, so that the processes may end in order."""
         assert self._process.stdin is not None
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # it has ended, or was stopped before
+            self._process.stdin.write("x")
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_S)
