@@ -301,7 +301,7 @@ def _keeping_formats(bundle: Path, formats: Formats) -> Iterator[None]:
     kept = format_folders(bundle)
     for name in earlier:
         if name not in kept:
-            reason = "was made from another content of the bundle"
+            reason = "was made from another content of the bundle, or from one whose manifest is lost,"
         elif (problem := _problem_of_format(bundle, name)) is not None:
             shutil.rmtree(bundle / name)
             reason = f"is damaged ({problem})"

@@ -654,6 +654,18 @@ def test_a_gpu_that_is_not_there_is_refused_with_their_number(folder: Path, monk
         load_bundle(folder, device="cuda:2")
 
 
+def test_further_formats_stay_in_an_equal_bundle_alone(folder: Path) -> None:
+    (folder / "static").mkdir()
+    save(folder)
+    assert (folder / "static").is_dir()
+    save(folder, claims={**CLAIMS, "val": {"top1": 0.6, "madds_m": 0.25}})
+    assert not (folder / "static").exists()
+    (folder / "static").mkdir()
+    (folder / MANIFEST).unlink()
+    save(folder)
+    assert not (folder / "static").exists()
+
+
 def test_images_that_are_no_tensor_or_elsewhere_are_refused(tmp_path: Path) -> None:
     supernet = small_supernet()
     bundle = load_bundle(save(tmp_path / "bundle", supernet, router=gate(supernet)))
