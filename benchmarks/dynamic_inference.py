@@ -105,6 +105,8 @@ WIDE_LIST = Network(
 )
 """A network for stating the acceleration by routing: its widest route takes at least 2.5 times as
 long as the cheapest."""
+VIT = Network("DS-ViT, 4 routes", "ds_vit", (("dim", 96), ("heads", 3), ("depth", 6)), (0, 1, 2, 3))
+"""A vision transformer of the size that docs/cli.md gives for images of 32 pixels."""
 
 
 def spread_gate(hidden: Tensor, routes: tuple[int, ...]) -> GateRouter:
@@ -457,7 +459,7 @@ def workloads(options: Options, run: Path | None, trial: int | None, equal: str 
     kinds = [device.type for device in devices()] if own is None else ["cpu"]
     if run is not None:
         return [of_run(run, trial, equal, kind, placed) for kind in kinds]
-    networks = (DS_MBNET, WIDE_LIST, ALL_ROUTES)
+    networks = (DS_MBNET, WIDE_LIST, VIT, ALL_ROUTES)
     return [synthetic(network, kind, options.seed, placed) for kind in kinds for network in networks]
 
 
