@@ -662,8 +662,8 @@ def traced_family(model: str) -> Family:
         layout=partial(traced_layout, model),
         build=TracedSupernet,
         for_task=partial(_for_task, model),
-        naming="A number is the share of the channels of every group; of several numbers each is that after one gate. A number "
-        "after k is the size of the depthwise kernels in pixels.",
+        naming="A number is the share of the channels of every group; of several numbers each is that after one gate, and after k it is "
+        "the size of the depthwise kernels in pixels.",
         gate_places=gate_places,
     )
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from dsnet.deploy.materialize import materialize
 from dsnet.errors import ConfigError
 from dsnet.families import create, get_family, layout, rebuild
 from dsnet.network.plain import make_plain
 from dsnet.network.traced import TracedNorm, TracedSupernet
+from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet, save_supernet
@@ -195,3 +197,23 @@ def test_a_layer_that_runs_twice_keeps_its_kernel() -> None:
     spec = layout("tests.dsnet.nets:Twice", task(), {"step": 2, "ratios": [0.5, 1.0], "kernels": [3, 5]}).spec
     kernels = {group.name: group.pinned for group in spec.groups if group.kind == "kernel"}
     assert kernels == {"own.kernel": "", "shared.kernel": "shared runs in several places"}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("tests.dsnet.nets:Stream", {"streams": "ids"}),
+        ("tests.dsnet.nets:ConvNext", {}),
+        ("tests.dsnet.nets:Residual", {"gates": ["pool"]}),
+    ],
+)
+@torch.no_grad()
+def test_kernels_are_sliced_together_with_streams_layer_norms_and_gates(model: str, options: dict[str, Any]) -> None:
+    own = {"step": 2, "ratios": [0.5, 1.0], "kernels": [1, 3], "combine": "tied", **options}
+    supernet = shaken(create(model, task(), own)).eval()
+    assert any(group.kind == "kernel" for group in supernet.spec.groups)
+    images = random_images(2)
+    for subnet in supernet.subnets:
+        cut = materialize(supernet, subnet)
+        torch.testing.assert_close(cut(images), supernet(images, subnet))
+        assert subnet_cost(supernet.spec, subnet, 16).params == sum(weight.numel() for weight in cut.parameters())
