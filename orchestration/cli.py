@@ -566,7 +566,11 @@ def pareto(
     "operating points: members (all static sub-networks) or front (all gates of the front).",
 )
 @click.option(
-    "--format", "formats", multiple=True, help="Additional format of each bundle, beside those of export.formats."
+    "--format",
+    "formats",
+    multiple=True,
+    help="Additional format of each bundle, beside those of export.formats and of earlier exports, which are kept: onnx, "
+    "onnx_single, onnx_photo, torch_export, static, onnx_int8, or that of a plugin. May be given several times.",
 )
 @click.option(
     "--out",
@@ -636,6 +640,13 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 @click.option("--json", "form", flag_value="json", help="Print JSON.")
 @click.option("--csv", "form", flag_value="csv", help="Print CSV with a header.")
 @PRECISION
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="Inference engine: onnxruntime, openvino or torch; auto is the first of these that is installed and can run "
+    "the bundle.",
+)
 def predict(
     bundle: Path,
     photos: tuple[Path, ...],
@@ -643,6 +654,7 @@ def predict(
     latency_ms: float | None,
     form: str | None,
     precision: str,
+    engine: str,
 ) -> int:
     """Classify photos with a bundle.
 
@@ -653,7 +665,9 @@ def predict(
     from orchestration.commands.predict import predict_files
 
     _check_one_budget(madds_m, latency_ms)
-    return predict_files(bundle, photos, form=form, madds_m=madds_m, latency_ms=latency_ms, precision=precision)
+    return predict_files(
+        bundle, photos, form=form, madds_m=madds_m, latency_ms=latency_ms, precision=precision, engine=engine
+    )
 
 
 @cli.command()

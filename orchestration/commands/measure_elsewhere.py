@@ -180,8 +180,9 @@ def show_elsewhere(results: RunResults, timings: Sequence[TimedElsewhere], *, as
         print_json({"measurements": [_json(timed, fronts) for timed, fronts in measured]})
         return
     for timed, fronts in measured:
+        way = ", by a kit" if timed.is_by_kit else ""
         for size, points in fronts.items():
-            show_table(COLUMNS, list(map(_row, points)), f"{timed.title}, batch {size}")
+            show_table(COLUMNS, list(map(_row, points)), f"{timed.title}{way}, batch {size}")
             tell(front_sentence(points))
         for note in _notes(timed):
             tell(note)

@@ -15,6 +15,8 @@ class ProcessLook:
     after the process is gone; together with this it is one, until the machine starts again."""
     state: str
     """The letter of /proc/PID/stat: R, S, D, T (stopped), Z (ended), ..."""
+    parent: int = 0
+    """Pid of the process that started it, or that adopted it."""
 
     @property
     def has_ended(self) -> bool:
@@ -35,7 +37,7 @@ def look_at(pid: int) -> ProcessLook | None:
         return None
     # The second field is the command in parentheses and may hold spaces and parentheses itself.
     fields = stat.rpartition(")")[2].split()
-    return ProcessLook(int(fields[19]), fields[0])
+    return ProcessLook(int(fields[19]), fields[0], int(fields[1]))
 
 
 def process_start_time(pid: int) -> int | None:

@@ -45,6 +45,14 @@ def command_name(pid: int) -> str:
         return ""
 
 
+def command_line(pid: int) -> str:
+    """The command line of a process, with spaces; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
 def kill_marked(mark: str) -> list[int]:
     """Kill all processes of a cluster, stopped ones too; returns their pids."""
     killed = []

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from dsnet.errors import ClusterLostError, StorageError
 from orchestration.runs.processes import ProcessLook, look_at
 from orchestration.workers.cluster_processes import command_name, kill_marked, marked_processes
+from orchestration.workers.guards import AGENTS, Guard, agents_of
 
 LOOK_EVERY_S = 0.5
 STOPPED_S = 30.0
@@ -34,7 +35,8 @@ LONGEST_WAIT_S = 0.5
 are heard."""
 
 
-_COMMANDS = {"raylet": "its raylet", "gcs_server": "its GCS"}
+RAYLET, GCS = "its raylet", "its GCS"
+_COMMANDS = {"raylet": RAYLET, "gcs_server": GCS}
 """Commands of the processes without which no work can go on, and what a person calls them."""
 
 
@@ -69,6 +71,9 @@ class ClusterWatch:
     clock: Callable[[], float] = time.monotonic
     lost: str | None = field(default=None, init=False)
     """What was lost, as a sentence; None while nothing is."""
+    leaves_no_time: bool = field(default=False, init=False)
+    """Whether Ray ends this process in less than a second, so that nothing ends in order."""
+    _guard: Guard | None = field(default=None, init=False)
     _is_finished: bool = field(default=False, init=False)
     """Whether this process is ending the cluster itself, so that nothing is lost any more."""
     _is_started: bool = field(default=False, init=False)
@@ -90,7 +95,7 @@ class ClusterWatch:
         if node is None:
             return
         if self.mark is None:
-            self.essentials = _listener(node.raylet_socket_name, "its raylet")
+            self.essentials = _listener(node.raylet_socket_name, RAYLET)
             self.address = _host_and_port(node.gcs_address)
             return
         pids = [
@@ -114,6 +119,12 @@ class ClusterWatch:
         """Look for the last time: what ends from now on is ended by us."""
         self.update()
         self._is_finished = True
+        self.end_guard()
+
+    def end_guard(self) -> None:
+        """End the guard, if there is one."""
+        if self._guard is not None:
+            self._guard.stop()
 
     def update(self) -> str | None:
         """Look at everything once; returns what was lost."""
@@ -132,6 +143,28 @@ class ClusterWatch:
             if self._for_s("address", is_bad=not self.answers(self.address)) >= UNREACHABLE_S:
                 self.lost = f"the Ray cluster at {host}:{port} has not answered for {UNREACHABLE_S:g} s"
         return self.lost
+
+    def guard(self, is_over: threading.Event) -> None:
+        """Wait for the end of a process of this machine without which the cluster gives up; returns
+        when that is known, or when the watch is over."""
+        while Guard.is_possible() and not is_over.wait(LOOK_EVERY_S):
+            raylet = next((each.pid for each in self.essentials if each.name == RAYLET), None)
+            agents = {} if raylet is None else agents_of(raylet)
+            if len(agents) == len(AGENTS):
+                self._be_guarded(agents)
+                return
+
+    def _be_guarded(self, agents: dict[int, str]) -> None:
+        names = agents | {each.pid: each.name for each in self.essentials}
+        # The GCS first: it would tell this process that the node has ended.
+        killed = [] if self.mark is None else sorted(names, key=lambda pid: names[pid] != GCS)
+        self._guard = Guard(names, killed)
+        if self._is_finished:
+            self._guard.stop()
+        sentence = self._guard.wait()
+        if sentence is not None and not self._is_finished:
+            self.lost = sentence
+            self.leaves_no_time = self.mark is None and RAYLET not in sentence
 
     def _problem_of(self, each: Essential) -> str | None:
         seen = self.look(each.pid)
@@ -189,6 +222,7 @@ def watching(watch: ClusterWatch) -> Iterator[ClusterWatch]:
     is_over = threading.Event()
     _start(watch.update, LOOK_EVERY_S, is_over)
     _start(watch.try_address, TRY_EVERY_S, is_over)
+    threading.Thread(target=watch.guard, args=(is_over,), name="cluster-guard", daemon=True).start()
     before, _current = _current, watch
     try:
         yield watch
@@ -201,6 +235,7 @@ def watching(watch: ClusterWatch) -> Iterator[ClusterWatch]:
     finally:
         _current = before
         is_over.set()
+        watch.end_guard()
 
 
 def _start(look: Callable[[], str | None], every_s: float, is_over: threading.Event) -> None:

@@ -71,7 +71,9 @@ def ended_in_time(request: Callable[[], StopRequest | None], tell: Callable[[str
             cluster = cluster if now is None else now
             # Later stages need no cluster, and may go on where it was lost at the very end.
             lost = cluster.lost if cluster is not None and (now is not None or is_left_open()) else None
-            if deadline.is_over(is_stopping=asked is not None and asked(), is_lost=lost is not None):
+            leaves_no_time = lost is not None and cluster is not None and cluster.leaves_no_time
+            is_late = deadline.is_over(is_stopping=asked is not None and asked(), is_lost=lost is not None)
+            if is_late or leaves_no_time:
                 _end(cluster, lambda lost=lost: tell(lost))  # type: ignore[misc]
 
     threading.Thread(target=watch, name="last-resort", daemon=True).start()

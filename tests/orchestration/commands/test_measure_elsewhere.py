@@ -201,6 +201,7 @@ class TestKit:
                 assert own["latency_ms"] == pytest.approx((times[1] + times[2]) / 2)
         shown = call(folder, "measure", "tiny", "--stored")
         assert "decision was not measured" in " ".join(shown.out.split())
+        assert ", by a kit, batch 1" in shown.out
 
     def test_after_ctrl_c_the_finished_rounds_are_written(self, folder: Path) -> None:
         process = self.start(folder, "--rounds", "1000000", "--out", "stopped.json")

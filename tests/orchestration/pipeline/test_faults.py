@@ -15,6 +15,7 @@ from dsnet.files import file_sha256
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from orchestration.supernets.results import SupernetSweepResults, results_at
+from orchestration.workers.guards import agents_of
 from tests.orchestration.pipeline.test_resume import num_trials
 from tests.orchestration.pipeline.test_structure import sweep_text
 from tests.orchestration.samples import (
@@ -78,15 +79,25 @@ def goes_on(folder: Path, *further: str, program: Callable[..., Command] = Comma
     return program(folder, "launch", SWEEP, "--trials", "400", "--set", "ray.num_cpus=2", *WITHOUT_MLFLOW, *further)
 
 
-def test_a_launch_that_loses_its_raylet_ends_with_6_and_one_message(longer: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "its raylet",
+        pytest.param("its dashboard agent", marks=pytest.mark.long),
+        pytest.param("its agent for runtime environments", marks=pytest.mark.long),
+    ],
+)
+def test_a_launch_that_loses_a_part_of_ray_ends_with_6_and_one_message(longer: Path, name: str) -> None:
     command = goes_on(longer)
     try:
         command.wait_for(lambda: num_trials(longer / "runs" / "tiny") > 12)
         pid = process_of(command, RAYLET)
+        if name != "its raylet":  # the agents have overwritten the environment by which processes are found
+            pid = next(each for each, known in agents_of(pid).items() if known == name)
         os.kill(pid, signal.SIGKILL)
         answer = command.wait(60)
         assert answer.code == 6, answer.err
-        assert_one_message(answer, f"error: Ray was lost: its raylet (process {pid}) has ended. Finished work is kept")
+        assert_one_message(answer, f"error: Ray was lost: {name} (process {pid}) has ended. Finished work is kept")
         assert command.left_behind() == []
     finally:
         command.end()

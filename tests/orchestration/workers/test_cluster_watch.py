@@ -25,6 +25,7 @@ from orchestration.workers.cluster_watch import (
     essential,
     watching,
 )
+from orchestration.workers.guards import Guard
 from orchestration.workers.last_resort import LOST_S, STOP_S, Deadline
 from tests.hostile import REPOSITORY
 
@@ -260,3 +261,30 @@ def test_a_process_that_hangs_in_c_hears_a_signal_and_ends(name: str, code: int)
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (code, "told None\n", "")
+
+
+def sleeping() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+
+
+def test_a_guard_kills_all_when_one_ends_and_nothing_when_it_is_stopped() -> None:
+    first, second = sleeping(), sleeping()
+    try:
+        guard = Guard({first.pid: "its dashboard agent", second.pid: "its raylet"}, [second.pid, first.pid])
+        first.kill()
+        assert guard.wait() == f"its dashboard agent (process {first.pid}) has ended"
+        assert second.wait(10) == -signal.SIGKILL
+
+        third = sleeping()
+        guard = Guard({third.pid: "its raylet"}, [third.pid])
+        guard.stop()
+        assert guard.wait() is None
+        assert third.poll() is None
+
+        script = f"import os; from orchestration.workers.guards import Guard; Guard({{{third.pid}: ''}}, [{third.pid}]); os._exit(9)"
+        assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=False).returncode == 9
+        assert third.wait(10) == -signal.SIGKILL, "a program that was killed leaves nothing behind"
+    finally:
+        for process in (first, second, third):
+            process.kill()
+            process.wait()
