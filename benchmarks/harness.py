@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import numpy as np
@@ -268,7 +268,7 @@ def run_benchmark(
         torch.set_num_threads(threads)
         load_before = os.getloadavg()[0]
         report = measure(options, **own)
-        _show(report)
+        show(report.sections)
         if json_path is not None:
             record = {
                 "description": description,
@@ -289,11 +289,18 @@ def run_benchmark(
     command()
 
 
-def _show(report: Report) -> None:
-    console = Console(highlight=False, markup=False)
+def show(sections: Sequence[Section], file: IO[str] | None = None, width: int = TABLE_WIDTH) -> None:
+    """Print tables.
+
+    Args:
+        sections: the tables.
+        file: receives the text; None: the standard output.
+        width: width in characters where it is not a terminal.
+    """
+    console = Console(highlight=False, markup=False, file=file)
     if not console.is_terminal:
-        console.width = TABLE_WIDTH
-    for section in report.sections:
+        console.width = width
+    for section in sections:
         table = Table(title=section.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for number, column in enumerate(section.columns):
             table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)

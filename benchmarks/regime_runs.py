@@ -273,7 +273,7 @@ class Trainer:
             )
         except NonFiniteLossError as error:
             return record | {"error": str(error)}
-        return None if final is None else record | self._tested(final) | _speed(folder / "curves.jsonl")
+        return None if final is None else record | self._tested(final) | speed(folder / "curves.jsonl")
 
     def _tested(self, final: Path) -> dict[str, Any]:
         """Top-1 and top-5 of every width, including the largest."""
@@ -297,7 +297,7 @@ class Trainer:
         return {"subnets": rows, "num_test_images": data.num_images("test")}
 
 
-def _speed(curves: Path) -> dict[str, Any]:
+def speed(curves: Path) -> dict[str, Any]:
     """Number of steps, and the median seconds of a step between two rows of the curves, on which a
     pause between two launches has no influence."""
     rows = [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
@@ -421,4 +421,6 @@ def do_jobs(
 def _outcome(record: Mapping[str, Any]) -> str:
     if "error" in record:
         return f"failed: {record['error']}"
+    if not record.get("subnets"):
+        return "measured"
     return "top-1 " + ", ".join(f"{100 * row['top1']:.1f}" for row in record["subnets"]) + " %"

@@ -149,7 +149,8 @@ def resample_points(correct: ArrayLike, madds: ArrayLike, num_resamples: int = 1
     """Resample P points over their n images.
 
     Args:
-        correct: [n, P] bool, whether the point classifies the image rightly.
+        correct: [n, P] bool, whether the point classifies the image rightly; or the share of
+            several trainings that do.
         madds: [n, P] MAdds spent on the image, or any shape that broadcasts to it ([P] for static
             points).
         num_resamples: R.
@@ -207,12 +208,12 @@ def gain_over_static(
         madds: [n, P] MAdds spent on each image, the gate's own included.
         line: fitted on `val`.
         static_correct: [n, K] bool of all K sub-networks on the reported split, in the order that
-            `line` was fitted with.
+            `line` was fitted with; or, like `correct`, the mean over several trainings.
 
     Returns:
         The gains; NaN for a point below the cheapest sub-network, where there is no line.
     """
-    static_hits = np.asarray(static_correct, dtype=bool)[:, list(line.vertices)]
+    static_hits = np.asarray(static_correct)[:, list(line.vertices)]
     points = resample_points(correct, madds, num_resamples, seed)
     statics = resample_points(static_hits, line.madds, num_resamples, seed)
     value = points.top1 - line.mix(points.madds, statics.top1)

@@ -287,3 +287,15 @@ def test_a_difference_is_significant_if_its_interval_excludes_zero_as_shown(low,
 def test_an_interval_that_is_not_shown_is_judged_unrounded():
     assert significant_sign(0.0004, 0.012, digits=None) == 1
     assert significant_sign(0.0, 0.012, digits=None) == 0
+
+
+def test_gains_of_the_mean_over_trainings_are_the_means_of_the_gains():
+    tables = [make_table(seed) for seed in (0, 1)]
+    line = StaticLine.fit(MADDS, tables[0])
+    points = [table[:, :2] for table in (make_table(2), make_table(3))]
+    each = [
+        gain_over_static(own, MADDS[1:], line, table, num_resamples=20)
+        for own, table in zip(points, tables, strict=True)
+    ]
+    both = gain_over_static(np.mean(points, axis=0), MADDS[1:], line, np.mean(tables, axis=0), num_resamples=20)
+    assert both.value == pytest.approx(np.mean([gain.value for gain in each], axis=0))
