@@ -588,13 +588,14 @@ def export(
     """Export gates or static sub-networks of a run as bundles for `dsnet.load_bundle`, and print
     their folders. Those in the folder of a tracked run are also its logged models in MLflow."""
     from dsnet.deploy.exporters import check_format
-    from orchestration.commands.messages import warn
+    from orchestration.commands.messages import complain, warn
     from orchestration.commands.mlflow import BundleLog
     from orchestration.commands.sweep import open_sweep
 
     further = tuple(map(check_format, formats))
     sweep = open_sweep(run, runs)
     log = BundleLog(sweep.results, register)
+    complain(f"exporting {', '.join(picks)}{' with ' + ', '.join(further) if further else ''} ...")
     paths = sweep.export(picks, out, further)
     for path in paths:
         click.echo(path)
