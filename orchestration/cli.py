@@ -15,7 +15,7 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
-from dsnet.errors import DsnetError, StoppedError, StorageError
+from dsnet.errors import ClusterLostError, DsnetError, StoppedError, StorageError
 from dsnet.image_size import ImageSize, normal_size
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.storage_faults import disk_error, storage_error
@@ -729,9 +729,16 @@ def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
     _quiet_platforms()
     from orchestration.commands.terminal import say
     from orchestration.serving.command import serve_until_stopped
+    from orchestration.workers.last_resort import end_if_left_open
 
     _check_one_budget(options["madds_m"], options["latency_ms"])
-    serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options), say)
+    try:
+        serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options), say)
+    except ClusterLostError as error:
+        _fail(error)
+        end_if_left_open(error.exit_code)
+        raise SystemExit(error.exit_code) from error
+    end_if_left_open(0)
 
 
 def _check_one_budget(madds_m: float | None, latency_ms: float | None) -> None:
