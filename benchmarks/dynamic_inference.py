@@ -62,6 +62,8 @@ GOAL = 1.10
 HEADLINE_BATCH = 64
 IMAGE_SIZE = 32
 NUM_POOL = 512
+ROUNDS_OF_ONE = 10
+"""Factor of the number of rounds at batch 1, where a call takes a millisecond and varies most."""
 NUM_REAL_BATCHES = {1: 128, 16: 8, 64: 4}
 """Number of batches of real images by batch size, several for small ones because groups differ
 between batches; one for other sizes."""
@@ -79,6 +81,9 @@ PARAMS = (
         show_default=True,
         help="What runs dynamic and static networks on the CPU.",
     ),
+    click.Option(
+        ["--only"], help="Without --run: time this network alone, by the first word of its title, such as DS-ViT."
+    ),
     click.Option(["--equal"], help="With --run: the sub-network whose accuracy alone is nearest to the router's."),
 )
 
@@ -93,6 +98,11 @@ class Network:
     routes: tuple[int, ...]
     """Ids of the routes, by increasing cost."""
 
+    @property
+    def name(self) -> str:
+        """The first word of its title."""
+        return self.title.split(maxsplit=1)[0].rstrip(",")
+
 
 DS_MBNET = Network("DS-MBNet, 4 routes", "ds_mbnet", (("stem_stride", 1),), (0, 4, 9, 13))
 """A network with as many routes as the published gate, spread evenly over the set."""
@@ -105,6 +115,9 @@ WIDE_LIST = Network(
 )
 """A network for stating the acceleration by routing: its widest route takes at least 2.5 times as
 long as the cheapest."""
+VIT = Network("DS-ViT, 4 routes", "ds_vit", (("dim", 96), ("heads", 3), ("depth", 6)), (0, 1, 2, 3))
+"""A vision transformer of the size that docs/cli.md gives for images of 32 pixels."""
+NETWORKS = (DS_MBNET, WIDE_LIST, VIT, ALL_ROUTES)
 
 
 def spread_gate(hidden: Tensor, routes: tuple[int, ...]) -> GateRouter:
@@ -444,9 +457,15 @@ RATIOS = (
 )
 
 
-def workloads(options: Options, run: Path | None, trial: int | None, equal: str | None, engine: str) -> list[Workload]:
+def workloads(
+    options: Options, run: Path | None, trial: int | None, equal: str | None, engine: str, only: str | None
+) -> list[Workload]:
     """Workloads on every device, or on the CPU in an engine: the run's router, or the networks with
-    random weights."""
+    random weights, of which `only` may name one.
+
+    Raises:
+        click.BadParameter: no network has the name `only`.
+    """
     own = timing_engine(engine)
 
     def placed(supernet: Supernet, router: Router, image_size: int, equal: int | None) -> Contenders:
@@ -457,7 +476,10 @@ def workloads(options: Options, run: Path | None, trial: int | None, equal: str 
     kinds = [device.type for device in devices()] if own is None else ["cpu"]
     if run is not None:
         return [of_run(run, trial, equal, kind, placed) for kind in kinds]
-    networks = (DS_MBNET, WIDE_LIST, ALL_ROUTES)
+    networks = [own for own in NETWORKS if only in (None, own.name)]
+    if not networks:
+        known = ", ".join(dict.fromkeys(own.name for own in NETWORKS))
+        raise click.BadParameter(f"no network is called {only!r}; known: {known}", param_hint="--only")
     return [synthetic(network, kind, options.seed, placed) for kind in kinds for network in networks]
 
 
@@ -468,11 +490,12 @@ def measure(
     trial: int | None = None,
     equal: str | None = None,
     engine: str = TORCH,
+    only: str | None = None,
 ) -> Report:
     """Time the contenders of each row interleaved; the headline is the first workload on the
     CPU."""
     sizes = (1, 16, 64) if options.quick else (1, 16, 64, 256)
-    works = workloads(options, run, trial, equal, engine)
+    works = workloads(options, run, trial, equal, engine, only)
     rows = [
         _measure_row(work, size, options)
         for work in works
@@ -500,6 +523,7 @@ def measure(
 
 def _measure_row(work: Workload, batch_size: int, options: Options) -> Row:
     rounds, budget_s = (10, 6.0) if options.quick else (40, 20.0)
+    rounds *= ROUNDS_OF_ONE if batch_size == 1 else 1
     batches = work.batches(batch_size, options.seed)
     samples = sample_interleaved(
         work.contenders.calls(batches), rounds=rounds, warmup=2, budget_s=budget_s, device=work.device

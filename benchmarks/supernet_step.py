@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
@@ -43,6 +44,13 @@ BENCHMARK = "our in-place bootstrapping step over the same networks as plain sta
 GOAL = 0.89
 PLAIN = ("resnet18", "mobilenet_v2")
 """Plain networks that are compared too; goal: at most 1.10."""
+VIT = "ds_vit"
+"""A vision transformer, which is compared at 32 px; goal: at most 1.05."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ds_mbnet": {"dropout": 0.0},
+    VIT: {"patch": 4, "dim": 96, "heads": 3, "depth": 6},
+}
+"""Options of the families."""
 SMOOTHING = 0.1
 NUM_CLASSES = 10
 EMA_DECAY = 0.997
@@ -80,7 +88,7 @@ class Networks:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         task = Task(NUM_CLASSES, 3, workload.image_size)
-        options = {"dropout": 0.0} if workload.model == "ds_mbnet" else {}
+        options = OPTIONS.get(workload.model, {})
         self.student = create(workload.model, task, options, seed=workload.seed).to(workload.device).train()
         for part in self.student.modules():
             if isinstance(part, torch.nn.Dropout):
@@ -194,9 +202,15 @@ def peak_memory_mib(workload: Workload, way: str) -> dict[str, float]:
     return {"step": peak_mib - before_mib, "peak": peak_mib}
 
 
-def workloads(options: Options) -> list[Workload]:
+def workloads(options: Options, only: str = "") -> list[Workload]:
     """Workloads: DS-MBNet at 64 px and batch 32 on the CPU in both memory orders (32 px and 16 with
-    --quick); 32 and 224 px, batch 256, bf16 on a GPU; and the plain networks as the first."""
+    --quick); 32 and 224 px, batch 256, bf16 on a GPU; the plain networks as the first, and the
+    vision transformer likewise at 32 px.
+
+    Args:
+        options: of the benchmark.
+        only: part of the titles; empty for all.
+    """
     sizes = {"cpu": [(32, 16)] if options.quick else [(64, 32)], "cuda": [(32, 256), (224, 256)]}
     precisions = {"cpu": "float32", "cuda": "bf16"}
     layouts = {"cpu": (False, True), "cuda": (True,)}
@@ -206,7 +220,9 @@ def workloads(options: Options) -> list[Workload]:
         for size, batch_size in sizes[device.type]
         for is_last in layouts[device.type]
     ]
-    return [*found, *(replace(found[0], model=model) for model in PLAIN)]
+    further = [replace(found[0], model=model) for model in PLAIN]
+    further.append(replace(found[0], model=VIT, image_size=32))
+    return [workload for workload in (*found, *further) if only in workload.title]
 
 
 @dataclass(frozen=True)
@@ -239,9 +255,11 @@ def compare(workload: Workload, options: Options) -> Comparison:
     return Comparison(workload, networks.plan, samples, memory, difference)
 
 
-def measure(options: Options) -> Report:
+def measure(options: Options, only: str) -> Report:
     """Measure every workload; the headline is the first, on the CPU."""
-    found = [compare(workload, options) for workload in workloads(options)]
+    found = [compare(workload, options) for workload in workloads(options, only)]
+    if not found:
+        raise click.BadParameter(f"no workload has {only!r} in its title", param_hint="--only")
     first = found[0]
     return Report(
         [_section(comparison) for comparison in found],
@@ -290,4 +308,5 @@ def _figures(found: Comparison) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_benchmark(BENCHMARK, measure)
+    only = click.Option(["--only"], default="", help="Workloads whose titles hold this text, such as ds_vit.")
+    run_benchmark(BENCHMARK, measure, params=[only])

@@ -31,6 +31,8 @@ class StructureInfo:
     """[sub-networks][groups] channels."""
     max_widths: tuple[int, ...]
     """[groups] all channels."""
+    units: tuple[str, ...] = ()
+    """[groups] what a width counts, in the plural; empty: channels everywhere."""
     candidates: tuple[Scored, ...] = ()
     chosen: tuple[Scored, ...] = ()
     """The candidates that became a sub-network, with their last scores."""
@@ -44,19 +46,27 @@ class StructureInfo:
             raise ValueError("every field needs one entry per sub-network")
         if any(len(row) != len(self.groups) for row in (*self.widths, self.max_widths)):
             raise ValueError("every sub-network needs one width per channel group")
+        if self.units and len(self.units) != len(self.groups):
+            raise ValueError("every channel group needs one unit")
+
+    def unit(self, group: int) -> str:
+        """What the width of a group counts."""
+        return self.units[group] if self.units else "channels"
 
 
 def channels_figure(info: StructureInfo) -> go.Figure:
-    """Heat map of the share of channels (%) that each sub-network has of every channel group."""
+    """Heat map of the share (%) that each sub-network has of every channel group, be it channels,
+    heads, blocks or the size of a kernel."""
     shares = [[100 * width / whole for width, whole in zip(row, info.max_widths, strict=True)] for row in info.widths]
     hover = [
         [
-            f"<b>{plain(name)}</b> ({madds:.4g} M MAdds)<br>{plain(group)}: {width} of {whole} channels"
-            for group, width, whole in zip(info.groups, row, info.max_widths, strict=True)
+            f"<b>{plain(name)}</b> ({madds:.4g} M MAdds)<br>{plain(group)}: {width} of {whole} {info.unit(number)}"
+            for number, (group, width, whole) in enumerate(zip(info.groups, row, info.max_widths, strict=True))
         ]
         for name, madds, row in zip(info.subnets, info.madds_m, info.widths, strict=True)
     ]
     labels = [f"{plain(name)} ({madds:.3g} M)" for name, madds in zip(info.subnets, info.madds_m, strict=True)]
+    what = "channels" if {info.unit(number) for number in range(len(info.groups))} == {"channels"} else "widths"
     figure = go.Figure(
         go.Heatmap(
             z=shares,
@@ -65,7 +75,7 @@ def channels_figure(info: StructureInfo) -> go.Figure:
             zmin=0,
             zmax=100,
             colorscale="Blues",
-            colorbar=colour_bar("channels (%)"),
+            colorbar=colour_bar(f"{what} (%)"),
             text=hover,
             hoverinfo="text",
             xgap=1,
@@ -75,7 +85,7 @@ def channels_figure(info: StructureInfo) -> go.Figure:
     figure.update_xaxes(title_text="channel group, from the image to the classes", type="category")
     figure.update_yaxes(type="category")
     height = 220 + 34 * len(info.subnets)
-    return dressed(figure, "Channels of each sub-network", f"method {info.method}", height_px=height)
+    return dressed(figure, f"{what.capitalize()} of each sub-network", f"method {info.method}", height_px=height)
 
 
 def search_figure(info: StructureInfo) -> go.Figure:

@@ -15,7 +15,7 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.deploy.layout import FLOAT32
-from dsnet.errors import DsnetError, StoppedError, StorageError
+from dsnet.errors import ClusterLostError, DsnetError, StoppedError, StorageError
 from dsnet.image_size import ImageSize, normal_size
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.storage_faults import disk_error, storage_error
@@ -566,7 +566,11 @@ def pareto(
     "operating points: members (all static sub-networks) or front (all gates of the front).",
 )
 @click.option(
-    "--format", "formats", multiple=True, help="Additional format of each bundle, beside those of export.formats."
+    "--format",
+    "formats",
+    multiple=True,
+    help="Additional format of each bundle, beside those of export.formats and of earlier exports, which are kept: onnx, "
+    "onnx_single, onnx_photo, torch_export, static, onnx_int8, or that of a plugin. May be given several times.",
 )
 @click.option(
     "--out",
@@ -584,13 +588,14 @@ def export(
     """Export gates or static sub-networks of a run as bundles for `dsnet.load_bundle`, and print
     their folders. Those in the folder of a tracked run are also its logged models in MLflow."""
     from dsnet.deploy.exporters import check_format
-    from orchestration.commands.messages import warn
+    from orchestration.commands.messages import complain, warn
     from orchestration.commands.mlflow import BundleLog
     from orchestration.commands.sweep import open_sweep
 
     further = tuple(map(check_format, formats))
     sweep = open_sweep(run, runs)
     log = BundleLog(sweep.results, register)
+    complain(f"exporting {', '.join(picks)}{' with ' + ', '.join(further) if further else ''} ...")
     paths = sweep.export(picks, out, further)
     for path in paths:
         click.echo(path)
@@ -636,6 +641,13 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 @click.option("--json", "form", flag_value="json", help="Print JSON.")
 @click.option("--csv", "form", flag_value="csv", help="Print CSV with a header.")
 @PRECISION
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="Inference engine: onnxruntime, openvino or torch; auto is the first of these that is installed and can run "
+    "the bundle.",
+)
 def predict(
     bundle: Path,
     photos: tuple[Path, ...],
@@ -643,6 +655,7 @@ def predict(
     latency_ms: float | None,
     form: str | None,
     precision: str,
+    engine: str,
 ) -> int:
     """Classify photos with a bundle.
 
@@ -653,7 +666,9 @@ def predict(
     from orchestration.commands.predict import predict_files
 
     _check_one_budget(madds_m, latency_ms)
-    return predict_files(bundle, photos, form=form, madds_m=madds_m, latency_ms=latency_ms, precision=precision)
+    return predict_files(
+        bundle, photos, form=form, madds_m=madds_m, latency_ms=latency_ms, precision=precision, engine=engine
+    )
 
 
 @cli.command()
@@ -714,9 +729,16 @@ def serve(bundle: Path, batch: int, queue: int, **options: Any) -> None:
     _quiet_platforms()
     from orchestration.commands.terminal import say
     from orchestration.serving.command import serve_until_stopped
+    from orchestration.workers.last_resort import end_if_left_open
 
     _check_one_budget(options["madds_m"], options["latency_ms"])
-    serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options), say)
+    try:
+        serve_until_stopped(bundle, ServeSettings(max_batch=batch, max_queue=queue, **options), say)
+    except ClusterLostError as error:
+        _fail(error)
+        end_if_left_open(error.exit_code)
+        raise SystemExit(error.exit_code) from error
+    end_if_left_open(0)
 
 
 def _check_one_budget(madds_m: float | None, latency_ms: float | None) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
@@ -52,10 +53,11 @@ from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_exactly, load_tensors, save_tensors, tensors_below
+from dsnet.wording import first_line, plural, shown
 
 SCHEMA_VERSION = 1
-EXAMPLES = "examples.safetensors"
-"""Name of the file of the examples."""
+WEIGHTS, EXAMPLES, GATE_YAML = "weights.safetensors", "examples.safetensors", "gate.yaml"
+"""Names of the files beside the manifest."""
 NUM_EXAMPLES = 16
 MAX_SIDE = 16_384
 """Largest height and width of a bundle's images in pixels."""
@@ -183,9 +185,12 @@ class Bundle:
             DsnetError: the images have another type or shape.
         """
         if not isinstance(images, Tensor):
-            raise DsnetError(
-                f"the bundle takes a tensor of pixels, but got {type(images).__name__}; for files: bundle.predict(...)"
+            way_out = (
+                "bundle(torch.from_numpy(array))"
+                if isinstance(images, np.ndarray)
+                else "for files: bundle.predict(...)"
             )
+            raise DsnetError(f"the bundle takes a tensor of pixels, but got {type(images).__name__}; {way_out}")
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
             raise DsnetError(
                 f"the bundle takes uint8 images [B, {', '.join(map(str, self.image_shape))}], "
@@ -241,7 +246,8 @@ class Bundle:
 
         Raises:
             DataError: a photo cannot be read, or a folder holds none.
-            DsnetError: the bundle has no record of how photos are decoded.
+            DsnetError: the bundle has no record of how photos are decoded, or `photos` are not
+                files.
         """
         if isinstance(photos, str | Path):
             if Path(photos).is_dir():
@@ -249,6 +255,14 @@ class Bundle:
                     f"{photos}: is a folder; for the photos in it give a list: bundle.predict([{str(photos)!r}])"
                 )
             return self.predict([photos])[0]
+        if not isinstance(photos, Iterable) or isinstance(photos, Tensor | np.ndarray | bytes):
+            raise _no_photo(photos)
+        photos = list(photos)
+        for photo in photos:
+            if not isinstance(photo, str | os.PathLike):
+                raise _no_photo(photo)
+        if on_error is not None and not callable(on_error):
+            raise ConfigError(f"on_error must be a function of a file and its error, or None, but is {shown(on_error)}")
         files = photo_files(map(Path, photos))
         return list(predict_photos(files, self.photo_decoder, self._classifier, on_error or _raise_error, batch_size))
 
@@ -351,6 +365,13 @@ def _claims_sentence(claims: Mapping[str, Any]) -> str:
     )
 
 
+def _no_photo(value: object) -> DsnetError:
+    return DsnetError(
+        f"bundle.predict takes files, but got {type(value).__name__}; for a PIL image: "
+        "bundle(bundle.photo_decoder.of_photo(image.convert('RGB'))[None]), and for pixels: bundle(images)"
+    )
+
+
 def _raise_error(_file: Path, error: DataError) -> None:
     raise error
 
@@ -392,7 +413,7 @@ class BundleContents:
 @exact_float32()
 def save_bundle(folder: Path, contents: BundleContents, *, claims: Mapping[str, Any], gate_yaml: str) -> None:
     """Write a bundle atomically: it is built beside `folder` and then renamed, replacing an older
-    bundle.
+    bundle. If the older one has the same digest, the folders of its further formats are kept.
 
     Args:
         folder: the bundle's folder.
@@ -405,7 +426,7 @@ def save_bundle(folder: Path, contents: BundleContents, *, claims: Mapping[str, 
         PreflightError: `folder` holds something other than a bundle, which would be lost.
         ValueError: two operating points have the same name.
     """
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not _is_replaceable(folder):
         raise PreflightError(f"{folder}: exists already and is not a bundle; remove it, or export to another folder")
     small = restrict(contents.supernet, contents.routes).cpu().eval()
     position = {route: index for index, route in enumerate(contents.routes)}
@@ -464,21 +485,49 @@ def _write_files(
     gate_yaml: str,
 ) -> None:
     files = {
-        "weights.safetensors": save_tensors(draft / "weights.safetensors", weights),
+        WEIGHTS: save_tensors(draft / WEIGHTS, weights),
         EXAMPLES: save_tensors(draft / EXAMPLES, examples),
     }
-    (draft / "gate.yaml").write_text(gate_yaml, encoding="utf-8")
-    files["gate.yaml"] = file_sha256(draft / "gate.yaml")
+    (draft / GATE_YAML).write_text(gate_yaml, encoding="utf-8")
+    files[GATE_YAML] = file_sha256(draft / GATE_YAML)
     manifest = {**manifest, "files": files}
     atomic_write_json(draft / MANIFEST, {**manifest, "sha256": own_digest(manifest)})
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or a bundle, also one that has lost its manifest."""
+    if not folder.is_dir():
+        return False
+    is_bundle = (folder / MANIFEST).is_file() or all(
+        (folder / name).is_file() for name in (WEIGHTS, EXAMPLES, GATE_YAML)
+    )
+    return is_bundle or not any(folder.iterdir())
 
 
 def _swap(draft: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
+        kept = format_folders(folder) if _digest(folder) == _digest(draft) else []
         folder.rename(old)
+        for name in kept:
+            (old / name).rename(draft / name)
     draft.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _digest(folder: Path) -> str | None:
+    """The digest in the manifest of a bundle; None without a readable manifest."""
+    try:
+        return read_object(folder / MANIFEST).get("sha256")
+    except CheckpointError:
+        return None
+
+
+def format_folders(folder: Path) -> list[str]:
+    """Names of the folders of further formats in a bundle, sorted; empty if there is no bundle."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 @own_defaults()
@@ -511,10 +560,14 @@ def load_bundle(
 
     Raises:
         CheckpointError: a file is missing or damaged, or the bundle is of another version.
-        ConfigError: the engine or the precision is unknown, or cannot run this bundle here.
+        ConfigError: the engine, the precision or the device is unknown, or cannot run this bundle
+            here; or `threads` is no number of threads.
+        PreflightError: the device is a GPU that torch does not see.
     """
-    path = Path(path)
-    graphs, on_cpu = path / graphs_folder(precision), torch.device(device).type == "cpu"
+    path, device = Path(path), _usable_device(device)
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ConfigError(f"threads must be a whole number from 1, or None, but is {shown(threads)}")
+    graphs, on_cpu = path / graphs_folder(precision), device.type == "cpu"
     has_graphs = (graphs / onnx_files.LISTING).is_file()
     if precision != FLOAT32 and (path / MANIFEST).is_file() and not has_graphs:
         raise ConfigError(
@@ -529,6 +582,26 @@ def load_bundle(
     manifest = _read_manifest(path)
     with understood(path / MANIFEST, "export it again"):
         return _assemble(path, manifest, _Loading(graphs, chosen, precision, device, threads, cut_weights, fold_bn))
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ConfigError: torch knows no such device.
+        PreflightError: it is a GPU that torch does not see.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device is {shown(device)}, but must be cpu, cuda or cuda:NUMBER, or a torch.device ({first_line(error, 80)})"
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise PreflightError(f"device is {found}, but torch sees no GPU here; load the bundle with device='cpu'")
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise PreflightError(f"device is {found}, but torch sees {plural(count, 'GPU')} here, numbered from 0")
+    return found
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -629,7 +702,7 @@ def _assemble(path: Path, manifest: Mapping[str, Any], loading: _Loading) -> Bun
 
 def _stored_supernet(path: Path, manifest: Mapping[str, Any]) -> tuple[Supernet, Mapping[str, Tensor]]:
     """The supernet in eval mode on the CPU, and all tensors of the bundle."""
-    weights = _tensors_of(path, manifest, "weights.safetensors")
+    weights = _tensors_of(path, manifest, WEIGHTS)
     supernet = rebuild(SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"]))
     load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
     return supernet.eval(), weights
@@ -727,7 +800,9 @@ def check_graphs(path: Path, folder: Path, precision: str) -> int:
     return max(found, default=0)
 
 
-def bundle_with_graphs(path: Path, graphs: Path, engine: Engine, precision: str = FLOAT32) -> Bundle:
+def bundle_with_graphs(
+    path: Path, graphs: Path, engine: Engine, precision: str = FLOAT32, threads: int | None = None
+) -> Bundle:
     """A bundle that runs in an engine with the graphs of any folder, such as one that is still
     being exported.
 
@@ -736,11 +811,12 @@ def bundle_with_graphs(path: Path, graphs: Path, engine: Engine, precision: str 
         graphs: the folder with the graphs.
         engine: the engine, which is installed.
         precision: the precision of the graphs.
+        threads: threads of one call; None: those of torch.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    return _assemble(path, _read_manifest(path), _Loading(graphs, engine, precision))
+    return _assemble(path, _read_manifest(path), _Loading(graphs, engine, precision, threads=threads))
 
 
 def check_bundle_files(bundle: Bundle) -> None:

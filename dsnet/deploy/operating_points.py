@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, overload
 
 from jaxtyping import Shaped
@@ -16,7 +17,7 @@ from dsnet.errors import ConfigError, NotFoundError
 from dsnet.routers.base import Router
 from dsnet.routers.kinds import router_from_arrays
 from dsnet.stored.checkpoint import tensors_below
-from dsnet.wording import plural, way_out
+from dsnet.wording import plural, shown, way_out
 
 SHARED_CLAIM = "data"
 """The claim that is the same for all points of a bundle: on which data they were measured."""
@@ -77,10 +78,14 @@ class OperatingPoint:
     def _of_val(self, metric: str) -> float | None:
         return self.claims.get("val", {}).get(metric)
 
+    def __repr__(self) -> str:
+        """Without the weights of the router and the claims, which fill pages in an interpreter."""
+        return f"OperatingPoint({self})"
+
     def __str__(self) -> str:
         numbers = [
             "" if self.madds_m is None else f"{self.madds_m:.3g} M MAdds",
-            "" if self.top1 is None else f"top-1 {100 * self.top1:.1f} %",
+            "" if self.top1 is None else f"top-1 {100 * self.top1:.1f} % on val",
         ]
         known = ", ".join(filter(None, numbers))
         return f"{self.name} ({known})" if known else self.name
@@ -262,6 +267,9 @@ class OperatingPoints(Sequence[OperatingPoint]):
 
 def _check_request(values: Mapping[str, float | None]) -> None:
     given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ConfigError(f"{name} must be a number, but is {shown(value)}")
     if len(given) != 1:
         told = ", ".join(f"{name}={value:g}" for name, value in given.items()) or "none"
         raise ConfigError(f"give exactly one of madds_m, latency_ms and top1; got {told}")

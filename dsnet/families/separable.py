@@ -7,7 +7,7 @@ behind the gate are sliced too, as DS-Net++ (arXiv 2109.10060) proposes; the rul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,8 +18,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsnet.families import Family, Task, register
-from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
-from dsnet.image_size import shorter_side, size_in_words
+from dsnet.families.options import (
+    COMBINE,
+    MAX_WIDTH,
+    check_choice,
+    check_number,
+    is_integer,
+    kernel_sizes,
+    scaled_widths,
+    with_kernels,
+)
 from dsnet.network.axes import Axes, Axis, prefixed
 from dsnet.network.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock, swish
 from dsnet.network.layers import SlicedConv2d, SlicedLinear, make_norm, norm_axes
@@ -33,10 +41,6 @@ MBNET_ATTENTION = 0.25
 TINY_ATTENTION = 1.0
 """The same for DS-Tiny: a quarter of its few channels would hold almost no information for the
 gate."""
-MAX_WIDTH = 65536
-"""Largest width that a user may set, so that a typing error is reported before it exhausts the
-memory."""
-COMBINE = ("tied", "all")
 NESTED_NORMS = ("private_stats", "recalibrate")
 """Norms under which training normalises a channel of a batch in the same way in every
 sub-network."""
@@ -277,7 +281,7 @@ def _subnets(spec: SupernetSpec, plan: Plan) -> SubnetSet:
     stages, gated_stage = (plan.stem, *plan.stages), plan.gated_stage
     num_routes = len(stages[gated_stage + 1].widths)
     members = []
-    for k, kernel in _choices(plan, num_routes):
+    for k, kernel in with_kernels(num_routes, plan.kernels, plan.combine):
         widths = [stage.widths[0] if index <= gated_stage else stage.widths[k] for index, stage in enumerate(stages)]
         name = f"subnet-{k:02d}"
         if kernel is not None:
@@ -286,18 +290,6 @@ def _subnets(spec: SupernetSpec, plan: Plan) -> SubnetSet:
         members.append(Subnet(name, tuple(widths)))
     teacher = Subnet("largest", spec.max_widths)
     return SubnetSet(spec, tuple(members), teacher if teacher.widths != members[-1].widths else None)
-
-
-def _choices(plan: Plan, num_routes: int) -> Iterator[tuple[int, int | None]]:
-    """The number of the widths and the size of the kernels of each route."""
-    for k in range(num_routes):
-        if not plan.kernels:
-            yield k, None
-        elif plan.combine == "all":
-            yield from ((k, kernel) for kernel in plan.kernels)
-        else:
-            last = len(plan.kernels) - 1
-            yield k, plan.kernels[round(k * last / (num_routes - 1))]
 
 
 def _scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
@@ -320,44 +312,6 @@ def _check(options: Mapping[str, Any], max_routes: int) -> None:
     dropout = options["dropout"]
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}, but must lie in [0, 1)")
-
-
-def _kernels(task: Task, options: Mapping[str, Any]) -> tuple[int, ...]:
-    """The sizes of the kernels behind the gate, rising; empty for null.
-
-    Raises:
-        ValueError: they are not different odd numbers, or one is larger than the image.
-    """
-    check_choice("combine", options["combine"], COMBINE)
-    given = options["kernels"]
-    if given is None:
-        if options["combine"] != COMBINE[0]:
-            raise ValueError(
-                f"combine is {options['combine']!r}, but there are no kernels to combine; set kernels, e.g. [3, 5]"
-            )
-        return ()
-    if (
-        not isinstance(given, (list, tuple))
-        or len(given) < 2
-        or not all(is_integer(size, 1, MAX_WIDTH) for size in given)
-    ):
-        raise ValueError(f"kernels is {given!r}, but must be a list of two or more sizes in pixels, such as [3, 5]")
-    sizes = tuple(sorted(given))
-    if len(set(sizes)) < len(sizes):
-        raise ValueError(f"kernels is {given!r}, but each size must be there once")
-    side = shorter_side(task.image_size)
-    for size in sizes:
-        if size % 2 == 0:
-            raise ValueError(
-                f"kernels holds {size}, but a smaller kernel is the centre of a larger one, so that all must be odd; "
-                f"use {size - 1} or {size + 1}"
-            )
-        if size > side:
-            raise ValueError(
-                f"kernels holds {size}, which is larger than the image of {size_in_words(task.image_size)}; "
-                f"use at most {side - (side % 2 == 0)}"
-            )
-    return sizes
 
 
 def _gated(options: Mapping[str, Any], defaults: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
@@ -399,7 +353,7 @@ def _ds_mbnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
         Stage(2, 2, fourth),
     ]
     stem = Stage(1, options["stem_stride"], _scaled((16, 24), width))
-    kernels = _kernels(task, options)
+    kernels = kernel_sizes(task.image_size, options)
     plan = Plan("ds_mbnet", stem, tuple(stages), 3, MBNET_ATTENTION, kernels, options["combine"])
     return _layout(plan, task, options)
 
@@ -410,7 +364,7 @@ def _ds_tiny(task: Task, options: Mapping[str, Any]) -> SubnetSet:
     first, second = _gated(options, (_spread(8, 96, routes), _spread(16, 192, routes)))
     stages = [Stage(1, 1, _scaled((16, 24), width)), Stage(2, 2, first), Stage(1, 2, second)]
     stem = Stage(1, options["stem_stride"], _scaled((8, 12), width))
-    kernels = _kernels(task, options)
+    kernels = kernel_sizes(task.image_size, options)
     plan = Plan("ds_tiny", stem, tuple(stages), 1, TINY_ATTENTION, kernels, options["combine"])
     return _layout(plan, task, options)
 

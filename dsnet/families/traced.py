@@ -2,7 +2,7 @@
 
 Every network of `dsnet.zoo` is a family, and so is a module of the user that is named by its import
 path. Its channel groups are the spaces of `dsnet.network.channels`; its sub-networks scale every
-group by one ratio.
+group by one ratio. With the option `kernels` the sizes of depthwise kernels are groups too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import fx, nn
 
 from dsnet.errors import ConfigError
 from dsnet.families import Family, GatePlace, Task, register, register_resolver
-from dsnet.families.options import check_choice, check_number, is_integer
+from dsnet.families.options import COMBINE, check_choice, check_number, is_integer, kernel_sizes, with_kernels
 from dsnet.import_path import is_model_path
 from dsnet.network.channels import (
     INPUT,
+    KERNEL_END,
     OWN,
     READS,
     STREAMS,
@@ -30,9 +31,12 @@ from dsnet.network.channels import (
     TracedGraph,
     attribute,
     is_grouped,
+    is_sliceable_kernel,
+    kernel_sizes_of,
     other_sizes,
     parts_of,
     shape_of,
+    shrunk_padding,
     upstream,
 )
 from dsnet.network.cut_points import Place, main_places, place_of, possible_places
@@ -54,6 +58,7 @@ from dsnet.space.spec import (
 )
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.user_code import check_allowed
+from dsnet.wording import plural
 from dsnet.zoo import OPTIONS, ZOO
 
 DEFAULTS: Mapping[str, Any] = {
@@ -62,6 +67,8 @@ DEFAULTS: Mapping[str, Any] = {
     "gates": (),
     "paths": "uniform",
     "streams": "tied",
+    "kernels": None,
+    "combine": COMBINE[0],
 }
 PATHS = ("uniform", "all")
 MAX_PATHS = 1024
@@ -78,14 +85,24 @@ def traced_layout(model: str, task: Task, options: Mapping[str, Any]) -> SubnetS
     ratios, step = _checked_options(options)
     check_choice("streams", options["streams"], STREAMS)
     own = _own_options(model, options)
-    spec = traced_spec(model, task, _checked_gates(options["gates"]), options["streams"], own)
+    kernels = kernel_sizes(task.image_size, options)
+    if len(kernels) > 1 and options["combine"] == "tied" and len(ratios) == 1:
+        raise ValueError(
+            f"combine is 'tied', which gives each of the ratios a size of the kernels, but ratios has one number, {ratios[0]:g}; "
+            "use combine: all, or more ratios"
+        )
+    spec = traced_spec(model, task, _checked_gates(options["gates"]), options["streams"], own, kernels)
     if all(group.pinned for group in spec.groups):
         reasons = list(dict.fromkeys(group.pinned for group in spec.groups))
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise ConfigError(
             f"supernet.model: no channels of {model} can be sliced, so that it has one sub-network only: {'; '.join(reasons[:3])}{more}"
         )
-    return SubnetSet(spec, tuple(_members(spec, ratios, step, options["paths"])))
+    shares = [
+        Share(ratios[k], kernel, kernel is not None and options["combine"] == "all")
+        for k, kernel in with_kernels(len(ratios), kernels, options["combine"])
+    ]
+    return SubnetSet(spec, tuple(_members(spec, shares, step, options["paths"])))
 
 
 def _checked_options(options: Mapping[str, Any]) -> tuple[tuple[float, ...], int]:
@@ -119,43 +136,66 @@ def _checked_gates(gates: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _members(spec: SupernetSpec, ratios: Sequence[float], step: int, paths: str) -> list[Subnet]:
-    """The sub-networks of one ratio each, or of one ratio after each gate."""
+@dataclass(frozen=True)
+class Share:
+    """What a sub-network has of the groups after one gate."""
+
+    ratio: float
+    """Share of the channels of every group."""
+    kernel: int | None = None
+    """Largest size in pixels of the depthwise kernels; None: their own."""
+    names_kernel: bool = False
+    """Whether the name has the size of the kernels."""
+
+    def __str__(self) -> str:
+        return f"{self.ratio:g}-k{self.kernel}" if self.names_kernel else f"{self.ratio:g}"
+
+    def width(self, group: ChannelGroup, step: int) -> int:
+        """The width of a group: of channels a multiple of `step`, rounded to the nearest, at least
+        one step, at most the group; of a kernel the smallest of its sizes that is at least
+        `kernel`. With ratio 1 the channels are the group's."""
+        if group.kind == "kernel":
+            return next(
+                (size for size in group.choices if self.kernel is not None and size >= self.kernel), group.max_width
+            )
+        if self.ratio == 1.0:
+            return group.max_width
+        return min(group.max_width, max(step, round(self.ratio * group.max_width / step) * step))
+
+
+def _members(spec: SupernetSpec, shares: Sequence[Share], step: int, paths: str) -> list[Subnet]:
+    """The sub-networks of one share each, or of one share after each gate."""
     if paths == "uniform" or len(spec.gates) == 1:
-        return [uniform(spec, ratio, step, f"{ratio:g}") for ratio in ratios]
-    number = len(ratios) ** len(spec.gates)
+        return [Subnet(str(share), _scaled(spec, (share,) * len(spec.gates), step)) for share in shares]
+    number = len(shares) ** len(spec.gates)
     if number > MAX_PATHS:
+        what = "widths and kernels" if shares[0].names_kernel else "ratios"
         raise ValueError(
-            f"paths is 'all', which with {len(ratios)} ratios and {len(spec.gates)} gates makes {number} sub-networks; "
-            f"at most {MAX_PATHS} are possible: use fewer ratios or gates"
+            f"paths is 'all', which with {len(shares)} {what} and {len(spec.gates)} gates makes {number} sub-networks; "
+            f"at most {MAX_PATHS} are possible: use fewer {what} or gates"
         )
-    each = product(ratios, repeat=len(spec.gates))
-    return [Subnet("-".join(f"{ratio:g}" for ratio in path), _scaled(spec, path, step)) for path in each]
+    each = product(shares, repeat=len(spec.gates))
+    return [Subnet("-".join(map(str, path)), _scaled(spec, path, step)) for path in each]
 
 
-def uniform(spec: SupernetSpec, ratio: float, step: int, name: str) -> Subnet:
-    """The sub-network that has `ratio` of the channels of every group that can be sliced, and all
-    channels of the groups before the first gate, which its sub-networks share.
-
-    Widths are multiples of `step`, rounded to the nearest, at least one step, at most the group;
-    with ratio 1 they are the group's.
-    """
-    return Subnet(name, _scaled(spec, (ratio,) * len(spec.gates), step))
-
-
-def _scaled(spec: SupernetSpec, path: Sequence[float], step: int) -> tuple[int, ...]:
-    """Widths with one ratio for the groups after each gate."""
+def _scaled(spec: SupernetSpec, path: Sequence[Share], step: int) -> tuple[int, ...]:
+    """Widths with one share for the groups after each gate; those before the first gate, which all
+    sub-networks share, and pinned ones are whole."""
     widths = []
     for number, group in enumerate(spec.groups):
         passed = sum(gate.num_prefix_groups <= number for gate in spec.gates)
-        ratio = path[passed - 1] if passed and not group.pinned else 1.0
-        scaled = max(step, round(ratio * group.max_width / step) * step)
-        widths.append(group.max_width if ratio == 1.0 else min(group.max_width, scaled))
+        is_whole = passed == 0 or bool(group.pinned)
+        widths.append(group.max_width if is_whole else path[passed - 1].width(group, step))
     return tuple(widths)
 
 
 def traced_spec(
-    model: str, task: Task, gates: Sequence[str] = (), streams: str = "tied", options: OwnOptions = ()
+    model: str,
+    task: Task,
+    gates: Sequence[str] = (),
+    streams: str = "tied",
+    options: OwnOptions = (),
+    kernels: tuple[int, ...] = (),
 ) -> SupernetSpec:
     """Groups, costed operations and gates of a network by name.
 
@@ -165,22 +205,29 @@ def traced_spec(
         gates: names of nodes, of submodules, or `entry`, in any order; empty for the entry gate.
         streams: `tied`: values that are added have the same channels, `ids`: each has its own.
         options: the network's own options that differ from their defaults.
+        kernels: sizes in pixels, rising, to which depthwise kernels can be sliced; the last is that
+            of the largest of them. Empty: they keep their sizes.
 
     A process traces each network once.
 
     Raises:
         ConfigError: the network cannot be traced, or import paths are not allowed.
-        ValueError: a gate has no place there, or nothing to choose.
+        ValueError: a gate has no place there, or nothing to choose, or no kernel can have these
+            sizes.
     """
     if is_model_path(model):
         check_allowed(SETTING, model)
-    return _spec_of(model, task, tuple(gates), streams, options)
+    return _spec_of(model, task, tuple(gates), streams, options, kernels)
 
 
 @lru_cache(maxsize=64)
-def _spec_of(model: str, task: Task, gates: tuple[str, ...], streams: str, options: OwnOptions) -> SupernetSpec:
+def _spec_of(
+    model: str, task: Task, gates: tuple[str, ...], streams: str, options: OwnOptions, kernels: tuple[int, ...]
+) -> SupernetSpec:
     """See `traced_spec`."""
-    traced = _traced(model, task, streams, options)
+    traced = _traced(model, task, streams, options, kernels)
+    if kernels:
+        _check_kernels(model, traced, kernels)
     groups = _groups(traced)
     has_entry = not gates or ENTRY in gates
     cuts = _cuts(traced, groups, gates)
@@ -212,13 +259,57 @@ def _spec_of(model: str, task: Task, gates: tuple[str, ...], streams: str, optio
             "model": model,
             **({} if streams == "tied" else {"streams": streams}),
             **({"options": dict(options)} if options else {}),
+            **({"kernels": list(kernels)} if kernels else {}),
         },
     )
 
 
-def _traced(model: str, task: Task, streams: str, options: OwnOptions) -> TracedGraph:
+def _traced(model: str, task: Task, streams: str, options: OwnOptions, kernels: tuple[int, ...]) -> TracedGraph:
     """The graph of a network by name."""
-    return traced_graph(model, task.num_classes, task.in_channels, task.image_size, streams, options)
+    return traced_graph(model, task.num_classes, task.in_channels, task.image_size, streams, options, kernels)
+
+
+def _check_kernels(model: str, traced: TracedGraph, kernels: Sequence[int]) -> None:
+    """Check that the sizes of kernels fit a network.
+
+    Raises:
+        ValueError: the largest is not that of the network's largest depthwise kernel, or no kernel
+            can be sliced to a smaller one.
+    """
+    modules = {
+        node.name: traced.module.get_submodule(str(node.target))
+        for node in traced.module.graph.nodes
+        if node.op == "call_module" and not node.meta.get(UNKNOWN)
+    }
+    layers = {name: module for name, module in modules.items() if is_sliceable_kernel(module)}
+    if not layers:
+        raise ValueError(
+            f"kernels is {list(kernels)}, but {model} has no depthwise convolution with a square kernel of odd size; "
+            "leave kernels out, or make the network with such convolutions"
+        )
+    largest = max(layers, key=lambda name: layers[name].kernel_size[0])
+    own = layers[largest].kernel_size[0]
+    if kernels[-1] != own:
+        smaller = [size for size in kernels if size < own] or [own - 2]
+        way = (
+            f"use {[*smaller, own]}" + (", or make the network with larger kernels" if kernels[-1] > own else "")
+            if own > 1
+            else "make the network with larger kernels"
+        )
+        raise ValueError(
+            f"kernels ends with {kernels[-1]}, but the largest depthwise kernel of {model} has {own} pixels ({largest}), and a "
+            f"smaller kernel is its centre: {way}"
+        )
+    possible = {size for module in layers.values() for size in kernel_sizes_of(module, kernels)}
+    for size in kernels:
+        if size not in possible:
+            lacking = -min(shrunk_padding(layers[largest], size))
+            left = [each for each in kernels if each in possible]
+            way = f"use {left}, or" if len(left) > 1 else "use"
+            raise ValueError(
+                f"kernels holds {size}, but no kernel of {model} can be sliced to it, because its centre would see other places: "
+                f"{largest} lacks {plural(lacking, 'pixel')} of padding; {way} more padding in the network"
+            )
 
 
 @dataclass(frozen=True)
@@ -263,7 +354,7 @@ def _num_before(node: fx.Node, traced: TracedGraph, groups: Sequence[ChannelGrou
     has the name of the first of them."""
     position = _positions(traced)
     before = {other.name for other, number in position.items() if number <= position[node]}
-    return sum(group.name.removesuffix(INPUT) in before for group in groups)
+    return sum(group.name.removesuffix(INPUT).removesuffix(KERNEL_END) in before for group in groups)
 
 
 def _useful(places: Sequence[Place], traced: TracedGraph, groups: Sequence[ChannelGroup]) -> list[Place]:
@@ -294,7 +385,7 @@ def _check_choices(traced: TracedGraph, groups: Sequence[ChannelGroup], cuts: Se
 def gate_places(spec: SupernetSpec) -> tuple[GatePlace, ...]:
     """The places at which the network of a spec can have a gate that has something to choose."""
     task = Task(spec.num_classes, spec.in_channels, spec.image_size)
-    traced = _traced(spec.layout["model"], task, _streams(spec), own_options(spec))
+    traced = _traced(spec.layout["model"], task, _streams(spec), own_options(spec), _kernels(spec))
     position = {node.name: number for node, number in _positions(traced).items()}
     costs = op_costs(spec, Subnet("widest", spec.max_widths), spec.image_size)
     evidence = {gate.attention for gate in spec.gates}
@@ -319,7 +410,16 @@ def gate_places(spec: SupernetSpec) -> tuple[GatePlace, ...]:
 def _groups(traced: TracedGraph) -> tuple[ChannelGroup, ...]:
     """The channel groups in the order in which they are produced."""
     spaces = (traced.spaces[root] for root, number in traced.numbers.items() if number >= 0)
-    return tuple(ChannelGroup(space.writers[0], space.width, space.pinned) for space in spaces)
+    return tuple(
+        ChannelGroup(
+            space.writers[0],
+            space.width,
+            space.pinned,
+            kind="kernel" if space.sizes else "channels",
+            choices=space.sizes,
+        )
+        for space in spaces
+    )
 
 
 class _OpReader:
@@ -478,6 +578,7 @@ class _OpReader:
         if is_grouped(module):
             return self._made(node, "grouped", reads, out=self._written(node), divisions=module.groups, **further)
         factor = module.out_channels // module.in_channels
+        further["kernel_group"] = self._traced.kernel_group(node)
         return self._made(node, "depthwise", reads, out=self._written(node), divisions=factor, **further)
 
     def _norm(self, node: fx.Node, reads: str) -> Op:
@@ -535,10 +636,14 @@ def _streams(spec: SupernetSpec) -> str:
     return streams
 
 
+def _kernels(spec: SupernetSpec) -> tuple[int, ...]:
+    return tuple(spec.layout.get("kernels", ()))
+
+
 def _for_task(model: str, spec: SupernetSpec, task: Task) -> SupernetSpec:
     """The layout for the task, with the ids of the groups where their order was changed."""
     gates = [ENTRY if is_entry(gate) else gate.name for gate in spec.gates]
-    fresh = traced_spec(model, task, gates, _streams(spec), own_options(spec))
+    fresh = traced_spec(model, task, gates, _streams(spec), own_options(spec), _kernels(spec))
     ids = {group.name: group.ids for group in spec.groups if len(group.ids) == group.max_width}
     groups = (replace(group, ids=ids.get(group.name, ())) for group in fresh.groups)
     return replace(fresh, groups=tuple(groups)) if ids else fresh
@@ -557,7 +662,8 @@ def traced_family(model: str) -> Family:
         layout=partial(traced_layout, model),
         build=TracedSupernet,
         for_task=partial(_for_task, model),
-        naming="A number is the share of the channels of every group; of several numbers each is that after one gate.",
+        naming="A number is the share of the channels of every group; of several numbers each is that after one gate, and after k it is "
+        "the size of the depthwise kernels in pixels.",
         gate_places=gate_places,
     )
 

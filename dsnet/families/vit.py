@@ -41,6 +41,7 @@ from dsnet.network.transformer import (
 )
 from dsnet.network.vit_weights import (
     POSITIONS,
+    check_one_class_token,
     resized_positions,
     sorted_by_importance,
     square_grid,
@@ -252,7 +253,12 @@ class VitSupernet(Supernet):
         return {**tensors, POSITIONS: resized_positions(positions, before, grid_of(self.spec))}
 
     def plain_state(self, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> PlainState:
-        """The weights of a ViT or DeiT with the names of timm or torchvision."""
+        """The weights of a ViT or DeiT with the names of timm or torchvision.
+
+        Raises:
+            ValueError: they are those of a distilled DeiT.
+        """
+        check_one_class_token(tensors)
         own = with_own_names(tensors)
         resized = self._with_grid(own, square_grid(own[POSITIONS]) if POSITIONS in own else None)
         return PlainState(resized, frozenset(name for name in self.state_dict() if name.startswith("gates.")))

@@ -9,6 +9,9 @@ The channels of a value lie in one of its dimensions: in dimension 1 of images a
 last one of tokens and wherever the module permutes them to. A value of which nothing is sliced has
 all of its channels along every dimension, so that any operation can read it.
 
+The size of a depthwise kernel can be a space of its own, of which a sub-network uses the pixels in
+the centre (`kernel_sizes_of`).
+
 With streams `ids` an addition ties nothing. Its result is the union of the channels that its two
 values have, and a part of it has several spaces, its writers.
 """
@@ -20,7 +23,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +72,11 @@ READS = "reads"
 OWN = "own"
 """Key in the `meta` of a tensor of the module that no layer holds: its `Channels`, where they are
 those of a value that it scales or shifts."""
+KERNEL = "kernel"
+"""Key in the `meta` of a depthwise convolution: the space of the size of its kernel, where it has
+several."""
+KERNEL_END = ".kernel"
+"""End of the name of the space of the size of a kernel, after the name of its node."""
 INPUT = ".input"
 """End of the name of a space that a node reads, which no node writes; no node has a dot in its
 name."""
@@ -86,6 +94,9 @@ class Space:
     """Names of the nodes that produce the channels."""
     ties: list[str] = field(default_factory=list)
     """Names of the nodes that tied further channels to these."""
+    sizes: tuple[int, ...] = ()
+    """The possible sizes of a kernel in pixels, rising, where the space is one; empty for
+    channels."""
 
 
 class ChannelSpaces:
@@ -100,6 +111,12 @@ class ChannelSpaces:
         self._spaces.append(Space(width, pinned, writers=[writer]))
         self._parent.append(len(self._parent))
         return Part(len(self._parent) - 1, width)
+
+    def new_kernel(self, sizes: tuple[int, ...], node: str) -> int:
+        """A new space for the size of a node's kernel."""
+        space = self.new(sizes[-1], f"{node}{KERNEL_END}").space
+        self[space].sizes = sizes
+        return space
 
     def root(self, space: int) -> int:
         """The representative of the spaces that are tied to this one; the earliest of them."""
@@ -241,6 +258,10 @@ class TracedGraph:
             unions.append(tuple(others))
         return tuple(parts), tuple(unions) if any(unions) else ()
 
+    def kernel_group(self, node: fx.Node) -> int | None:
+        """The channel group that is the size of a node's kernel; None where it has one size."""
+        return self.numbers[node.meta[KERNEL]] if KERNEL in node.meta else None
+
 
 ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
@@ -279,17 +300,18 @@ OPERATIONS: Mapping[Callable[..., Any], str] = {
 """Functions that need rules of their own, under the names of the methods that do the same."""
 
 
-def analyse(graph: fx.GraphModule, streams: str = "tied") -> TracedGraph:
+def analyse(graph: fx.GraphModule, streams: str = "tied", kernels: tuple[int, ...] = ()) -> TracedGraph:
     """Give every value of a traced network the layout of its channels.
 
     Args:
         graph: the network.
         streams: one of `STREAMS`.
+        kernels: sizes in pixels, rising, to which depthwise kernels can be sliced; empty: to none.
 
     Raises:
         ConfigError: the network has several inputs or outputs, or its output is not [B, classes].
     """
-    analysis = _Analysis(graph, has_ids=streams == "ids")
+    analysis = _Analysis(graph, kernels, has_ids=streams == "ids")
     for node in graph.graph.nodes:
         analysis.visit(node)
     analysis.finish()
@@ -306,6 +328,33 @@ def is_grouped(module: nn.Module | None) -> bool:
     )
 
 
+def is_sliceable_kernel(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    """Whether a layer is a depthwise convolution with a square kernel of odd size."""
+    if not isinstance(module, nn.Conv2d) or module.groups == 1 or module.groups != module.in_channels:
+        return False
+    height, width = module.kernel_size
+    return height == width and height % 2 == 1
+
+
+def shrunk_padding(module: nn.Conv2d, size: int) -> Pair:
+    """The padding with which the centre of a kernel, `size` pixels high and wide, sees the same
+    places as in the whole; below 0 where the whole kernel is padded by less than it would need."""
+    assert isinstance(module.padding, tuple)
+    height, width = (
+        own - dilation * (kernel - size) // 2
+        for own, dilation, kernel in zip(module.padding, module.dilation, module.kernel_size, strict=True)
+    )
+    return height, width
+
+
+def kernel_sizes_of(module: nn.Conv2d, kernels: Sequence[int]) -> tuple[int, ...]:
+    """The sizes that a depthwise kernel can have, rising: those of `kernels` that are smaller than
+    its own, as far as its padding is wide enough for them, and its own."""
+    own = module.kernel_size[0]
+    smaller = (size for size in kernels if size < own and min(shrunk_padding(module, size)) >= 0)
+    return (*sorted(smaller), own)
+
+
 def attribute(module: nn.Module, name: str) -> Any:
     """The submodule, parameter or buffer of a module at a dotted name."""
     return operator.attrgetter(name)(module)
@@ -320,8 +369,10 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 class _Analysis:
     """The walk of `analyse`."""
 
-    def __init__(self, graph: fx.GraphModule, *, has_ids: bool) -> None:
+    def __init__(self, graph: fx.GraphModule, kernels: tuple[int, ...], *, has_ids: bool) -> None:
         self.graph = graph
+        self.kernels = kernels
+        """The sizes to which depthwise kernels can be sliced."""
         self.has_ids = has_ids
         """Whether the values of a sum may have different channels."""
         self.spaces = ChannelSpaces()
@@ -393,9 +444,12 @@ class _Analysis:
         first = self._users.setdefault(str(node.target), node)
         if first is node:
             return False
+        reason = f"{node.target} runs in several places"
         for value in (first, *first.all_input_nodes):
             if has_channels(value):
-                self.spaces.pin(parts_of(value), f"{node.target} runs in several places")
+                self.spaces.pin(parts_of(value), reason)
+        if KERNEL in first.meta:
+            self.spaces[first.meta[KERNEL]].pinned = reason
         return True
 
     def _check_statistics(self, node: fx.Node) -> None:
@@ -509,6 +563,8 @@ class _Analysis:
             return None
         if module.groups == 1:
             return Channels((self.spaces.new(module.out_channels, node.name),))
+        if is_sliceable_kernel(module) and len(sizes := kernel_sizes_of(module, self.kernels)) > 1:
+            node.meta[KERNEL] = self.spaces.new_kernel(sizes, node.name)
         factor = module.out_channels // module.in_channels  # depthwise, with a multiplier of its channels
         return Channels(tuple(replace(part, repeat=part.repeat * factor) for part in read.parts))
 
@@ -729,11 +785,13 @@ def pinned_spaces(traced: TracedGraph) -> Iterator[tuple[int, Space]]:
 
 
 def upstream(nodes: Sequence[fx.Node], traced: TracedGraph) -> dict[str, frozenset[int]]:
-    """For each node the representatives of all spaces on whose widths its value depends."""
+    """For each node the representatives of all spaces on whose widths its value depends, sizes of
+    kernels included."""
     found: dict[str, frozenset[int]] = {}
     for node in nodes:
         above = frozenset[int]().union(*(found[value.name] for value in node.all_input_nodes if value.name in found))
         parts = parts_of(node) if has_channels(node) else ()
         own = {root for part in parts for root in traced.spaces.writers(part)}
+        own |= {traced.spaces.root(node.meta[KERNEL])} if KERNEL in node.meta else set()
         found[node.name] = above | own
     return found

@@ -273,7 +273,12 @@ class Supernet(nn.Module, ABC):
 
     def plain_state(self, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> PlainState | None:
         """The state dict of a plain network whose weights this one can start with, as this one has
-        it; None where there is no such network."""
+        it; None where there is no such network.
+
+        Raises:
+            ValueError: it is that of a known network with which this one cannot start; the message
+                says why and what works, and completes the sentence "the file ...".
+        """
         return None
 
     def sorted_plain(self, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> Mapping[str, Shaped[Tensor, "*_"]]:

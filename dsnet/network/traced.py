@@ -33,6 +33,7 @@ from dsnet.network.channels import (
     norm_arguments,
     parts_of,
     shape_of,
+    shrunk_padding,
 )
 from dsnet.network.cut_points import part_of
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, norm_axes
@@ -80,15 +81,45 @@ class _WeightedLayer(nn.Module):
 
 
 class TracedConv2d(_WeightedLayer):
-    """A convolution of a traced module, dense or depthwise, sliced along its channels."""
+    """A convolution of a traced module, dense or depthwise, sliced along its channels, and with a
+    kernel of several sizes along its height and width."""
 
-    def __init__(self, plain: nn.Conv2d, num_in: Axis, num_out: Axis) -> None:
+    def __init__(self, plain: nn.Conv2d, num_in: Axis, num_out: Axis, kernel: Axis | None = None) -> None:
+        """Copy the weights of a plain layer.
+
+        Args:
+            plain: the layer.
+            num_in: its input channels.
+            num_out: its output channels.
+            kernel: the height and width of its kernel, where that has several sizes.
+        """
         super().__init__(plain, num_in, num_out)
-        self.geometry: dict[str, Any] = {
-            "stride": plain.stride,
-            "padding": plain.padding,
-            "dilation": plain.dilation,
-        }
+        self.kernel = kernel
+        self._steps: dict[str, Any] = {"stride": plain.stride, "dilation": plain.dilation}
+        own = plain.kernel_size[0]
+        self._padding: dict[int, Any] = {own: plain.padding}
+        """The padding for each height that the kernel can have."""
+        if kernel is not None:
+            self._padding |= {size: shrunk_padding(plain, size) for size in range(1, own, 2)}
+            self.weight = nn.Parameter(_centre(self.weight.detach(), kernel.max_size).clone())
+
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of the parameters."""
+        axes = dict(super().axes())
+        if self.kernel is not None:
+            axes["weight"] = (*axes["weight"], self.kernel, self.kernel)
+        return axes
+
+    def load_plain(self, plain: nn.Module) -> None:
+        """Copy the weights of the layer that this one was made of."""
+        tensors = plain.state_dict()
+        if self.kernel is not None:
+            tensors["weight"] = _centre(tensors["weight"], self.kernel.max_size)
+        _copy_corners_of(self, tensors)
+
+    def _geometry(self, weight: Tensor) -> dict[str, Any]:
+        """Stride, dilation and padding for a slice of the weight."""
+        return {**self._steps, "padding": self._padding[weight.shape[2]]}
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], widths: Widths
@@ -96,18 +127,19 @@ class TracedConv2d(_WeightedLayer):
         """[B, c, H, W] -> [B, c', H', W']."""
         groups = x.shape[1] if self.is_depthwise else 1
         weight, bias = self._slices(widths)
-        return F.conv2d(x, weight, bias, **self.geometry, groups=groups)
+        return F.conv2d(x, weight, bias, **self._geometry(weight), groups=groups)
 
     def cut(self, widths: Widths) -> nn.Conv2d:
         """The slice as a plain convolution."""
         num_in = self.num_in.size(widths)
+        weight, _ = self._slices(widths)
         plain = nn.Conv2d(
             num_in,
             self.num_out.size(widths),
-            (self.weight.shape[2], self.weight.shape[3]),
+            (weight.shape[2], weight.shape[3]),
             groups=num_in if self.is_depthwise else 1,
             bias=self.bias is not None,
-            **self.geometry,
+            **self._geometry(weight),
         )
         self._set_slices(plain, widths)
         return plain
@@ -278,9 +310,19 @@ def _copied(value: Tensor, source: Tensor) -> Tensor:
     return nn.Parameter(value, source.requires_grad) if isinstance(source, nn.Parameter) else value
 
 
+def _centre(weight: Float[Tensor, "out in_ height width"], size: int) -> Float[Tensor, "out in_ size size"]:
+    """The pixels in the centre of a square kernel."""
+    start = (weight.shape[2] - size) // 2
+    return weight[:, :, start : start + size, start : start + size]
+
+
 def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
     """Copy the parameters of a plain layer, as far as the sliced layer has them."""
-    tensors = plain.state_dict()
+    _copy_corners_of(layer, plain.state_dict())
+
+
+def _copy_corners_of(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors by their names, as far as the sliced layer has them."""
     for name, parameter in layer.named_parameters():
         parameter.copy_(corner(tensors[name], *parameter.shape[: min(2, parameter.ndim)]))
 
@@ -441,7 +483,8 @@ class TracedSupernet(Supernet):
         model, streams = spec.layout["model"], spec.layout.get("streams", "tied")
         options = own_options(spec)
         plain = make_plain(model, spec.num_classes, spec.in_channels, seed, options)
-        traced = traced_graph(model, spec.num_classes, spec.in_channels, spec.image_size, streams, options)
+        kernels = tuple(spec.layout.get("kernels", ()))
+        traced = traced_graph(model, spec.num_classes, spec.in_channels, spec.image_size, streams, options, kernels)
         self._own = own_axes(traced, spec)
         self.body = sliced_graph(traced, plain, spec, subnets)
         self._cuts = tuple(_Cut.of(name, spec) for name in own_gates(spec))
@@ -541,7 +584,13 @@ class TracedSupernet(Supernet):
 
 @lru_cache(maxsize=64)
 def traced_graph(
-    model: str, num_classes: int, in_channels: int, image_size: ImageSize, streams: str, options: OwnOptions = ()
+    model: str,
+    num_classes: int,
+    in_channels: int,
+    image_size: ImageSize,
+    streams: str,
+    options: OwnOptions = (),
+    kernels: tuple[int, ...] = (),
 ) -> TracedGraph:
     """The graph of a network by name with the channels of its values; its parameters have shapes,
     but no values. A process traces each network once.
@@ -553,6 +602,7 @@ def traced_graph(
         image_size: size of the image.
         streams: one of `dsnet.network.channels.STREAMS`.
         options: options for `make_plain`.
+        kernels: sizes in pixels, rising, to which depthwise kernels can be sliced.
 
     Raises:
         ConfigError: the network cannot be made, traced or analysed.
@@ -561,7 +611,7 @@ def traced_graph(
     graph = trace(plain, example_image(in_channels, image_size))
     for parameter in graph.parameters():
         parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
-    return analyse(graph, streams)
+    return analyse(graph, streams, kernels)
 
 
 def sliced_graph(traced: TracedGraph, plain: nn.Module, spec: SupernetSpec, subnets: SubnetSet) -> fx.GraphModule:
@@ -666,7 +716,8 @@ def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet
         case nn.Conv2d() if op.kind == "conv":
             return TracedConv2d(plain, num_in, Axis.of(((op.out_group, 1),), spec))
         case nn.Conv2d() if op.kind == "depthwise":
-            return TracedConv2d(plain, num_in, Axis.read_by(op, spec, op.divisions))
+            kernel = None if op.kernel_group is None else Axis.kernel(op.kernel_group, spec)
+            return TracedConv2d(plain, num_in, Axis.read_by(op, spec, op.divisions), kernel)
         case nn.Linear() if op.kind in ("linear", "conv"):
             return TracedLinear(plain, num_in, Axis.of(((op.out_group, 1),), spec))
         case nn.BatchNorm2d() | nn.BatchNorm1d() if op.kind == "norm":

@@ -31,6 +31,8 @@ _OF_TORCHVISION = (
     (r"encoder\.ln\.(.*)", r"norm.\1"),
     (r"heads\.head\.(.*)", r"classifier.\1"),
 )
+_OF_DISTILLED = ("dist_token", "head_dist.")
+"""Beginnings of the names that only a distilled DeiT has."""
 _OF_TIMM = ((r"head\.(.*)", r"classifier.\1"),)
 
 
@@ -45,6 +47,22 @@ def _own_name(name: str) -> str:
         if (found := re.fullmatch(pattern, name)) is not None:
             return found.expand(own)
     return name
+
+
+def check_one_class_token(tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> None:
+    """Check that a state dict is that of a transformer with one class token.
+
+    Raises:
+        ValueError: it is that of a distilled DeiT, which has two; the message completes the
+            sentence "the file ...".
+    """
+    if any(name.startswith(_OF_DISTILLED) for name in tensors):
+        raise ValueError(
+            "is a distilled DeiT: it has a second class token (dist_token) with a classifier of its own (head_dist), and answers with "
+            "the mean of both, but ds_vit has one class token and one classifier, so that its answers would be others; use the weights "
+            "of the same network without distillation (in timm deit_tiny_patch16_224 in place of deit_tiny_distilled_patch16_224), or "
+            "those of another ViT with one class token"
+        )
 
 
 def square_grid(positions: Shaped[Tensor, "*_"]) -> Pair | None:

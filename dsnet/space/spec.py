@@ -84,6 +84,11 @@ class ChannelGroup:
         of their own: they cannot be sorted, and no score of channels is one of theirs."""
         return self.kind in ("kernel", "depth")
 
+    @property
+    def unit(self) -> str:
+        """What the width counts, as a noun in the singular."""
+        return {"heads": "head", "depth": "block", "kernel": "pixel"}.get(self.kind, "channel")
+
     def step(self, step: int) -> int:
         """The step of its widths where those of channels are multiples of `step`: heads and blocks
         are counted one by one."""

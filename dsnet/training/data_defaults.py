@@ -28,10 +28,11 @@ CPU_GMADDS_PER_S = 25.0
 """Training speed on two cores: MAdds of the widest sub-network's forward pass, in 10^9 per second,
 that sandwich steps process."""
 CPU_GMADDS_PER_S_OF_FAMILY: Mapping[str, float] = MappingProxyType(
-    {"ds_mbnet": 3.0, "ds_tiny": 3.0, "mobilenet_v1": 3.0, "mobilenet_v2": 3.0}
+    {"ds_mbnet": 3.0, "ds_tiny": 3.0, "ds_vit": 12.0, "mobilenet_v1": 3.0, "mobilenet_v2": 3.0}
 )
-"""The same for families of depthwise convolutions, which train about eight times slower per MAdd on
-a CPU."""
+"""The same for families that are slower: depthwise convolutions train about eight times slower per
+MAdd on a CPU, and small vision transformers, with their norms, activations and softmax, about
+twice."""
 LR = 0.08
 """Peak learning rate of SGD at batch size `LR_BATCH`; it grows with the square root of the batch
 size."""

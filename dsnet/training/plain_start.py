@@ -61,7 +61,10 @@ class PlainStart:
         """
         if isinstance(supernet, TracedSupernet):
             return self._apply_to_traced(supernet)
-        state = supernet.plain_state(self.tensors)
+        try:
+            state = supernet.plain_state(self.tensors)
+        except ValueError as error:
+            raise CheckpointError(f"supernet.init_from: {self.stem} {error}") from error
         if state is None:
             raise ConfigError(
                 f"supernet.init_from: {self.stem} holds the weights of a plain network, but supernet.model "

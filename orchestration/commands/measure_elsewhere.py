@@ -180,8 +180,9 @@ def show_elsewhere(results: RunResults, timings: Sequence[TimedElsewhere], *, as
         print_json({"measurements": [_json(timed, fronts) for timed, fronts in measured]})
         return
     for timed, fronts in measured:
+        way = ", by a kit" if timed.is_by_kit else ""
         for size, points in fronts.items():
-            show_table(COLUMNS, list(map(_row, points)), f"{timed.title}, batch {size}")
+            show_table(COLUMNS, list(map(_row, points)), f"{timed.title}{way}, batch {size}")
             tell(front_sentence(points))
         for note in _notes(timed):
             tell(note)
@@ -225,17 +226,21 @@ def front_sentence(points: Sequence[TimedPoint]) -> str:
     gates = [point for point in points if not point.is_static]
     if not gates:
         return "The run has no gates on its front yet, so that only static networks are compared."
-    leaving = [point for point in gates if not point.is_on_front]
+    leaving = [point for point in gates if not point.is_on_front and point.is_sure]
+    unsure = [point for point in gates if not point.is_sure]
     front = "the front of top-1 and latency there"
     if leaving:
         named = ", ".join(f"{point.name} ({point.dominated_by} dominates it)" for point in leaving)
         verb = "leave" if len(leaving) > 1 else "leaves"
         told = f"{len(leaving)} of {plural(len(gates), 'gate')} of the run's front {verb} {front}: {named}."
     else:
-        told = f"No gate of the run's front ({len(gates)} in all) leaves {front}."
-    unsure = [point.name for point in gates if not point.is_sure]
+        told = f"No gate of the run's front ({len(gates)} in all) {'surely ' if unsure else ''}leaves {front}."
     if unsure:
-        told += f" The spread of the times leaves it open for {', '.join(unsure)}."
+        named = ", ".join(
+            f"{point.name} ({'on it' if point.is_on_front else f'dominated by {point.dominated_by}'} by the medians)"
+            for point in unsure
+        )
+        told += f" The spread of the times leaves it open for {named}."
     return told
 
 

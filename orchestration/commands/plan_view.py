@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsnet.image_size import image_size_of, size_in_words
-from dsnet.space.spec import ChannelGroup, SupernetSpec
+from dsnet.space.spec import ChannelGroup, Op, SupernetSpec
 from dsnet.wording import duration, plural, size
 from orchestration.commands.tables import Column, show_table, terminal_width
 from orchestration.commands.terminal import print_json, say, tell
@@ -211,11 +211,13 @@ def _about_subnets(plan: SweepPlan) -> str:
 
 
 def group_layers(spec: SupernetSpec) -> list[tuple[ChannelGroup, tuple[str, ...]]]:
-    """The channel groups with the layers that write their channels, and so are sliced together."""
-    return [
-        (group, tuple(op.name for op in spec.ops if op.out_group == number and op.kind in _WRITERS))
-        for number, group in enumerate(spec.groups)
-    ]
+    """The channel groups with the layers that write their channels, and so are sliced together, or
+    whose kernels have their size."""
+
+    def has(op: Op, number: int) -> bool:
+        return (op.out_group == number and op.kind in _WRITERS) or op.kernel_group == number
+
+    return [(group, tuple(op.name for op in spec.ops if has(op, number))) for number, group in enumerate(spec.groups)]
 
 
 def _show_groups(spec: SupernetSpec, everything: bool) -> None:
@@ -244,8 +246,7 @@ def _show_groups(spec: SupernetSpec, everything: bool) -> None:
 
 def _width_in_words(group: ChannelGroup) -> str:
     """The largest width of a group, with its unit where that is not channels."""
-    unit = {"heads": "head", "depth": "block", "kernel": "pixel"}.get(group.kind)
-    return str(group.max_width) if unit is None else plural(group.max_width, unit)
+    return str(group.max_width) if group.unit == "channel" else plural(group.max_width, group.unit)
 
 
 def _show_places(facts: SupernetFacts, everything: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from dsnet.deploy.bundle import load_bundle
+from dsnet.deploy.engines import AUTO
 from dsnet.deploy.layout import FLOAT32
 from dsnet.deploy.prediction import PhotoPrediction
 from dsnet.errors import DataError, NotFoundError
@@ -41,6 +42,7 @@ def predict_files(
     madds_m: float | None = None,
     latency_ms: float | None = None,
     precision: str = FLOAT32,
+    engine: str = AUTO,
 ) -> int:
     """Classify photos and print the answers; files that cannot be read are named.
 
@@ -52,6 +54,7 @@ def predict_files(
             it is the bundle's own.
         latency_ms: the same, as a latency.
         precision: as of `load_bundle`.
+        engine: as of `load_bundle`.
 
     Returns:
         0; the exit code of `DataError` where a photo could not be read.
@@ -59,13 +62,13 @@ def predict_files(
     Raises:
         NotFoundError: no bundle there, or no operating point within the budget.
         ConfigError: more than one budget, or one out of range; or the bundle does not have the
-            precision.
+            precision, or the engine is unknown or cannot run the bundle here.
         DataError: no photo could be read, or a folder holds none.
     """
     if not path.exists():
         raise NotFoundError(f"{path}: no such bundle; make one with: dsnet-orch export RUN --pick knee")
     unreadable: list[tuple[Path, DataError]] = []
-    bundle = load_bundle(path, precision=precision)
+    bundle = load_bundle(path, precision=precision, engine=engine)
     if madds_m is not None or latency_ms is not None:
         bundle = bundle.at(madds_m=madds_m, latency_ms=latency_ms)
     answers = bundle.predict(photos, on_error=lambda file, error: unreadable.append((file, error)))

@@ -40,9 +40,9 @@ class StorageConfig(Section):
     """Room in MiB that a launch leaves free on the disks of the runs folder and of Ray's folder: it
     does not begin with less, and stops when less is left; 0 = none."""
     artifacts: Text | None = None
-    """URL of a folder for the checkpoints of training, which this machine and all nodes of the
-    cluster can read and write, e.g. s3://bucket/folder (see docs/cluster.md); null = the run
-    folder."""
+    """URL of a folder for the checkpoints of training and for copies of the finished stages, which
+    this machine and all nodes of the cluster can read and write, e.g. s3://bucket/folder (see
+    docs/cluster.md); null = the run folder."""
 
 
 class TrackingConfig(Section):

@@ -172,8 +172,8 @@ def time_front(
     torch.set_num_threads(settings.threads)
     try:
         for size in settings.batch_sizes:
-            batches = [normalization.apply(part.to(device)) for part in _batches(images, size)]
-            calls = {name: _over(net, batches) for name, net in nets.items()}
+            batches = [normalization.apply(part.to(device)) for part in drawn_batches(images, size)]
+            calls = {name: over_batches(net, batches) for name, net in nets.items()}
             measured = time_interleaved(
                 calls,
                 repeats=settings.repeats,
@@ -222,7 +222,7 @@ def _in_engine(
     return _Networks(segments, lambda route: open_model(graphs.static(route), engine, threads))
 
 
-def _batches(images: Tensor, size: int) -> list[Tensor]:
+def drawn_batches(images: Tensor, size: int) -> list[Tensor]:
     """Randomly drawn batches (a split may be sorted by class, and routes depend on the image):
     `SINGLE_IMAGES` of one image, or `NUM_BATCHES` larger ones."""
     count = SINGLE_IMAGES if size == 1 else NUM_BATCHES
@@ -231,7 +231,9 @@ def _batches(images: Tensor, size: int) -> list[Tensor]:
     return list(images[rows].split(size))
 
 
-def _over(net: Callable[[Tensor], object], batches: list[Tensor]) -> Callable[[], object]:
+def over_batches(net: Callable[[Tensor], object], batches: list[Tensor]) -> Callable[[], object]:
+    """A call that runs a network on each of several batches."""
+
     def run() -> None:
         for batch in batches:
             net(batch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dsnet.errors import StoppedError
 from dsnet.stop_signals import StopRequest
 from orchestration.config.sweep import SweepConfig
+from orchestration.pipeline.run_copies import RunCopies
 from orchestration.pipeline.storage_watch import StorageWatch
 from orchestration.prepare.preparation import Prepared
 from orchestration.progress import ProgressView
@@ -41,6 +42,8 @@ class Launch:
     on_record: Callable[[TrialRecord], None] = _ignore
     """Called with every recorded trial; a sweep of supernets adds the trials of all members to one
     study."""
+    copies: RunCopies | None = None
+    """The copies of finished stages at `storage.artifacts`; None without that setting."""
     on_test_opening: Callable[[], int] | None = None
     """In a member of a sweep of supernets: counts the opening for the whole sweep, and returns how
     often the sweep has read `test`."""
@@ -58,9 +61,21 @@ class Launch:
     def run_stage(self, plan: StagePlan, work: Callable[[Path], Sequence[Path]]) -> StageDir:
         """Run a planned stage unless it is done; `results` hold its outputs afterwards. Arguments
         are those of `orchestration.runs.stages.run_stage`."""
-        folder = run_stage(self.run, plan, work)
+        try:
+            folder = run_stage(self.run, plan, work)
+        except StoppedError:
+            if self.copies is not None and plan.name == "search":
+                self.copies.keep(plan.folder)
+            raise
+        if self.copies is not None and not (plan.is_done and self.copies.has(folder)):
+            self.copies.keep(folder)
         self.results.refresh()
         return folder
+
+    def keep_search(self, folder: StageDir) -> None:
+        """Copy a search that goes on, now and then, if copies are wanted."""
+        if self.copies is not None:
+            self.copies.keep_sometimes(folder)
 
     def stall_rules(self, stage: str) -> StallRules:
         """Rules for stalled workers of a stage, whose messages begin with its name."""

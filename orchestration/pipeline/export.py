@@ -6,8 +6,8 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder
-from dsnet.deploy.bundle import NUM_EXAMPLES, BundleContents, save_bundle
+from dsnet.deploy.bundle import NUM_EXAMPLES, BundleContents, format_folders, save_bundle
 from dsnet.deploy.engines import can_write_graphs
 from dsnet.deploy.exporters import BUNDLE, CheckedExporter, DataExporter, exporters
 from dsnet.deploy.layout import INT8
@@ -27,13 +27,14 @@ from dsnet.deploy.onnx_files import FOLDER as ONNX
 from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints
 from dsnet.deploy.precisions import graphs_folder
 from dsnet.dotted import nest
-from dsnet.errors import DsnetError, NotFoundError, StorageError
+from dsnet.errors import CheckpointError, DsnetError, NotFoundError, StorageError, VerificationError
 from dsnet.routers.base import Router
 from dsnet.routers.fixed import FixedRouter
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.stored.names import FINAL
+from dsnet.wording import first_line
 from orchestration.config.export import MEMBERS, gate_picks, point_sets
 from orchestration.pipeline.claims import bundle_claims, gate_point_claims, member_claims
 from orchestration.pipeline.int8_accuracy import BundleSource, measure_int8
@@ -133,7 +134,8 @@ def export_bundles(
         router = results.router(slot)
         description = source.description(path.name, [router]) | source.facts(router, claims, slot)
         gate_yaml = _to_yaml("A gate configuration", description)
-        save_bundle(path, source.contents(router), claims=claims, gate_yaml=gate_yaml)
+        with _keeping_formats(path, formats):
+            save_bundle(path, source.contents(router), claims=claims, gate_yaml=gate_yaml)
         write_chosen_formats(path, formats, source.of_run({path.name: router}))
         paths.append(path)
     return paths
@@ -178,7 +180,8 @@ def export_point_sets(
             for point in points
         ]
         gate_yaml = _to_yaml("Operating points", description)
-        save_bundle(path, contents, claims=claims, gate_yaml=gate_yaml)
+        with _keeping_formats(path, formats):
+            save_bundle(path, contents, claims=claims, gate_yaml=gate_yaml)
         write_chosen_formats(path, formats, source.of_run({point.name: point.router for point in points}))
         paths.append(path)
     return paths
@@ -280,6 +283,54 @@ class _Source:
             name: dict(values) if isinstance(values, Mapping) else values for name, values in claims.items()
         }
         return facts
+
+
+@contextmanager
+def _keeping_formats(bundle: Path, formats: Formats) -> Iterator[None]:
+    """Context manager in which a bundle is written again. `save_bundle` keeps the formats of an
+    equal bundle; here those that are not written again are checked, and a damaged one is removed.
+    A warning names each format that is lost.
+
+    Args:
+        bundle: folder of the bundle, which need not exist before.
+        formats: those that are written afterwards.
+    """
+    written = (*((ONNX,) if formats.chosen is None else formats.chosen), *formats.further)
+    earlier = [name for name in format_folders(bundle) if name not in written]
+    yield
+    kept = format_folders(bundle)
+    for name in earlier:
+        if name not in kept:
+            reason = "was made from another content of the bundle, or from one whose manifest is lost,"
+        elif (problem := _problem_of_format(bundle, name)) is not None:
+            shutil.rmtree(bundle / name)
+            reason = f"is damaged ({problem})"
+        else:
+            continue
+        _log.warning(
+            "%s: the folder %s of an earlier export %s and was removed; write it again with --format %s",
+            bundle.name,
+            name,
+            reason,
+            name,
+        )
+
+
+def _problem_of_format(bundle: Path, name: str) -> str | None:
+    """Why the files of a format do not give the answers of the bundle; None if they do, or if they
+    cannot be checked here."""
+    exporter = exporters().get(name)
+    if not isinstance(exporter, CheckedExporter):
+        return None
+    try:
+        exporter.check(bundle, bundle / name)
+    except (VerificationError, CheckpointError) as error:
+        return first_line(error)
+    except DsnetError:  # a package or an engine is missing
+        return None
+    except Exception as error:  # noqa: BLE001 - engines have errors of their own for files that they cannot read
+        return first_line(error)
+    return None
 
 
 def write_chosen_formats(bundle: Path, formats: Formats, source: BundleSource) -> None:

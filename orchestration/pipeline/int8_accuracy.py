@@ -1,5 +1,5 @@
-"""The accuracy of a bundle in int8: measured with routing tables of its int8 graphs, beside the
-controls in int8."""
+"""What a bundle in int8 is worth: its accuracy, measured with routing tables of its int8 graphs,
+beside the controls in int8, and its time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from dsnet.data.tensors import TensorData
 from dsnet.deploy.bundle import Bundle, bundle_with_graphs, stored_parts
-from dsnet.deploy.engines import graph_engines
+from dsnet.deploy.engines import TORCH, graph_engines
 from dsnet.deploy.int8 import write_int8_graphs
 from dsnet.deploy.layout import INT8
 from dsnet.deploy.onnx_files import GraphSegments, needed_parts
 from dsnet.deploy.precisions import accuracy_sentence, store_accuracy
 from dsnet.errors import VerificationError
+from dsnet.image_size import image_size_of
 from dsnet.measure.evaluate import EVALUATION_BATCH, GivenSegments, build_routing_table
 from dsnet.measure.latency import device_name
 from dsnet.network.precision import exact_float32
@@ -29,7 +30,8 @@ from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.route_tree import RouteTree
-from orchestration.prepare.preparation import Prepared
+from orchestration.pipeline.int8_latency import latency_sentences, time_precisions
+from orchestration.prepare.preparation import Prepared, other_latency_settings
 from orchestration.results.run import RunResults
 from orchestration.runs.manifest import Manifest
 from search.front.precisions import RunOnTable, StaticTables, line_routes, precision_claims, static_claims
@@ -93,10 +95,20 @@ def measure_int8(path: Path, folder: Path, source: BundleSource, say: Callable[[
             }
         name = path.name if len(bundle.operating_points) == 1 else f"{path.name}, {point.name}"
         say(f"{name} in {accuracy_sentence(INT8, points[point.name])}")
+    order = source.supernet.subnets.by_madds(image_size_of(data.image_shape))
+    widest = restrict(source.supernet, [order[-1]]).cpu().eval()
+    settings = other_latency_settings(results.config, device="cpu", engine=TORCH)
+    timed = time_precisions(path, folder, widest, data, settings)
+    for point in bundle.operating_points:
+        for sentence in latency_sentences(timed, point.name):
+            say(sentence)
+    if timed["unreliable"] is not None:
+        say(f"these times are unreliable: {timed['unreliable']}")
     content = {
         "precision": INT8,
         "measured_on": device_name(torch.device("cpu"), graph_engines()[0]),
         "points": points,
+        "latency": timed,
         "static": {split: static_claims(static[split], float32[split]) for split in tables},
     }
     store_accuracy(folder, content)

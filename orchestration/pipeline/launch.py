@@ -26,7 +26,8 @@ from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import Formats, export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.mending import mend_run, mend_search
-from orchestration.pipeline.placement import refuse_what_cannot_fit
+from orchestration.pipeline.placement import artifacts_url, refuse_what_cannot_fit
+from orchestration.pipeline.run_copies import RunCopies
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
 from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, ray_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
@@ -123,11 +124,13 @@ def launch(
         clear_drafts(run, config)
         request = stack.enter_context(stop(run))
         request.add(watch)
+        copies = run_copies(config, run, progress)
         manifest = write_facts(prepared, run, progress.warn)
         missing = MissingRows(run)
         tracker = make_tracker(config, run, missing.warned(progress.warn))
         results = RunResults(run, config)
-        work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request, watch)
+        filed = FiledProgress(progress, run.progress_json)
+        work = Launch(prepared, results, manifest, tracker, filed, request, watch, copies=copies)
         stack.enter_context(closing_tracker(run, tracker, missing, progress, lambda: sweep_end_ms(manifest.read())))
         if config.tracking.mlflow:
             missing.repeat(lambda: replay(results, tracker), progress)
@@ -142,6 +145,19 @@ def clear_drafts(run: RunDir, config: SweepConfig) -> None:
     """Remove the unfinished files that killed processes left in the run folder, whose lock is
     held."""
     remove_drafts(run.path, 0.0 if config.ray.address == LOCAL else OLD_DRAFT_S)
+
+
+def run_copies(config: SweepConfig, run: RunDir, progress: ProgressView) -> RunCopies | None:
+    """The copies of a run at `storage.artifacts`, from which a run folder that is new is restored;
+    None without that setting."""
+    url = artifacts_url(config, run.path)
+    if url is None:
+        return None
+    copies = RunCopies(run, url, progress.warn)
+    restored = copies.restore()
+    if restored is not None:
+        progress.say(restored)
+    return copies
 
 
 def write_facts(prepared: Prepared, run: RunDir, warn: Callable[[str], None]) -> Manifest:

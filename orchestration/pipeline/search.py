@@ -46,7 +46,7 @@ from orchestration.results.run import RunResults, load_router
 from orchestration.results.search_end import SearchEnd, read_end, write_end
 from orchestration.runs.folder import RunDir
 from orchestration.runs.queue import read_queue
-from orchestration.runs.stages import StagePlan, canonical_settings
+from orchestration.runs.stages import StageDir, StagePlan, canonical_settings
 from orchestration.tracking.rows import trial_row
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.workers.gate_trials import MakeGateTrial
@@ -160,7 +160,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
                 save_arrays=lambda slot, arrays: save_gate(run.gate_weights(plan.key, slot), arrays),
                 progress=ProgressFiles(folder / "progress"),
                 queue=lambda: [item["params"] for item in read_queue(run.queue_jsonl(plan.key))],
-                observer=_Observer(work, bar, num_finished),
+                observer=_Observer(work, bar, num_finished, plan.folder),
                 should_stop=work.stop,
             ).run(Budget(resolve_trials(config), config.budget.time_s, stop_rules(results)))
         if result.stop_reason == "stop":
@@ -392,10 +392,12 @@ def _augmentation(prepared: Prepared) -> Augmentation:
 
 
 class _Observer:
-    """Shows each recorded trial as progress and writes it to the tracker."""
+    """Shows each recorded trial as progress, writes it to the tracker, and copies the search now
+    and then."""
 
-    def __init__(self, work: Launch, bar: Bar, num_finished: int) -> None:
+    def __init__(self, work: Launch, bar: Bar, num_finished: int, folder: StageDir) -> None:
         self._work = work
+        self._folder = folder
         self._bar = bar
         self._manifest = work.manifest.read()
         self._num_finished = num_finished
@@ -404,6 +406,7 @@ class _Observer:
         """Handle a recorded trial."""
         self._work.tracker.trial(trial_row(self._manifest, self._work.run, record, self._work.results.kind_of(record)))
         self._work.on_record(record)
+        self._work.keep_search(self._folder)
         self._num_finished += 1
         if record.state == "complete":
             metrics = record.metrics

@@ -88,6 +88,7 @@ def structure_of(results: RunResults) -> StructureInfo | None:
         groups=tuple(group.name for group in spec.groups),
         widths=tuple(member.widths for member in members),
         max_widths=spec.max_widths,
+        units=tuple(f"{group.unit}s" for group in spec.groups),
         candidates=tuple(point for _, point in points),
         chosen=tuple(points[number][1] for number in last.values()),
         chosen_before=tuple(

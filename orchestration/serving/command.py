@@ -6,8 +6,9 @@ import logging
 import os
 import shlex
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import click
 
 from dsnet.deploy.bundle import check_bundle_examples
-from dsnet.errors import NotFoundError, PreflightError
+from dsnet.errors import ClusterLostError, NotFoundError, PreflightError
 from orchestration.pipeline.signals import wait_for_stop
 from orchestration.serving.served_bundle import opened
 from orchestration.serving.settings import ServeSettings
 from orchestration.tracking.server import LOOPBACK, free_port
-from orchestration.workers.runtime import RaySettings, ray_session
+from orchestration.workers.cluster_watch import LONGEST_WAIT_S, current_watch
+from orchestration.workers.runtime import RaySettings, ray_session, side_thread
 
 APPLICATION = "dsnet"
 DEPLOYMENT = "classifier"
@@ -30,6 +32,8 @@ _NUM_FURTHER_CALLS = 32
 and its numbers."""
 _STOP_S = 2.0
 """How long replicas may take to finish what they have begun."""
+_END_S = 6.0
+"""How long Ray Serve may take to end them."""
 _MAX_ATTEMPTS = 3
 """How often a replica is started that fails at its start."""
 
@@ -43,14 +47,22 @@ def serve_until_stopped(path: Path, settings: ServeSettings, say: Callable[[str]
         say: prints a line on stdout.
 
     Raises:
-        As `serving`.
+        ClusterLostError: Ray has ended.
+        DsnetError: as `serving`.
     """
     click.echo("starting Ray Serve ...", err=True)
     with _sigterm_like_ctrl_c(), serving(path, settings) as url:
         example = f"curl --data-binary @photo.jpg {shlex.quote(url + '/predict')}"
         say(f"serving {path} at {url}   (try: {example}; stop it with Ctrl-C)")
-        wait_for_stop()
+        wait_for_stop(_check_ray)
         click.echo("stopping ...", err=True)
+
+
+def _check_ray() -> None:
+    """Raise ClusterLostError if Ray has ended under the server."""
+    watch = current_watch()
+    if watch is not None and (lost := watch.update()) is not None:
+        raise ClusterLostError(f"Ray was lost: {lost}. The server has ended; start it again")
 
 
 @contextmanager
@@ -128,6 +140,25 @@ def _started(path: Path, settings: ServeSettings) -> Iterator[str]:
     try:
         yield f"http://{LOOPBACK}:{port}"
     finally:
-        # Requests that a replica has begun are finished; the end of Ray's session ends the rest.
-        # `serve.shutdown` does the same, but lets Ray print an error about its own controller.
-        serve.delete(APPLICATION)
+        _end_application()
+
+
+def _end_application() -> None:
+    """Let the replicas finish the requests that they have begun, unless Ray has ended or hangs; the
+    end of its session ends the rest.
+
+    `serve.shutdown` does the same, but lets Ray print an error about its own controller.
+    """
+    from ray import serve
+
+    def end() -> None:
+        with suppress(Exception):  # Ray has ended meanwhile, or ends now
+            serve.delete(APPLICATION)
+
+    watch = current_watch()
+    deadline_s = time.monotonic() + _END_S
+    thread = side_thread(end, "serve")
+    if watch is None or watch.update() is None:
+        thread.start()
+    while thread.is_alive() and time.monotonic() < deadline_s and (watch is None or watch.update() is None):
+        thread.join(LONGEST_WAIT_S)

@@ -48,9 +48,25 @@ def read_images(body: bytes, content_type: str, bundle: Bundle) -> RequestImages
     """
     if not body:
         raise DataError("the body is empty; send the bytes of an image file, or JSON with pixels")
-    if content_type.partition(";")[0].strip().lower() == "application/json":
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "application/json":
         return _read_json(body, bundle)
-    return RequestImages(bundle.photo_decoder.decode(body, "the body")[None], is_list=False)
+    if kind == "multipart/form-data":
+        raise DataError(
+            "the body is a form (multipart/form-data, as curl -F sends it); send the bytes of the image file alone, "
+            "with curl --data-binary @FILE"
+        )
+    try:
+        return RequestImages(bundle.photo_decoder.decode(body, "the body")[None], is_list=False)
+    except DataError as error:
+        if kind == "application/x-www-form-urlencoded" and _lacks_bytes(body):
+            raise DataError(f"{error}; curl -d removes bytes of the file: use --data-binary") from error
+        raise
+
+
+def _lacks_bytes(body: bytes) -> bool:
+    """Whether a body that is no text lacks all bytes that `curl -d` removes from a file."""
+    return not body.isascii() and not any(byte in body for byte in b"\r\n\0")
 
 
 def _read_json(body: bytes, bundle: Bundle) -> RequestImages:

@@ -26,13 +26,16 @@ from orchestration.tracking.store import logger
 
 FAILURES_BEFORE_PAUSE = 3
 PAUSE_S = 30.0
+MAX_KEPT = 10_000
+"""Number of failed writes that are kept to be repeated at the end."""
 
 
 class MlflowTracker:
     """Queues rows, and writes them through a process in one background thread.
 
-    After three failures in a row it drops writes for 30 s, so that writes do not queue behind
-    time-outs. It warns once, and counts the dropped writes.
+    After three failures in a row it puts writes off for 30 s, so that they do not queue behind
+    time-outs. It warns once. What failed, or was put off, is written at the end, as far as the
+    store answers then; the rest is counted.
 
     Args:
         store_uri: `sqlite:///...` or the URI of a server.
@@ -66,6 +69,7 @@ class MlflowTracker:
         self._num_failures = 0
         self._is_writer_lost = False
         self._last_job: Callable[[], None] | None = None
+        self._kept: list[Callable[[], None]] = []
         self._retry_at = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         if store_uri.startswith("sqlite"):
@@ -155,27 +159,49 @@ class MlflowTracker:
 
     def _drain(self) -> None:
         while (job := self._jobs.get()) is not None and not self._given_up:
-            # The pause is for stores that do not answer; a new process may write how it ended.
-            is_worth_trying = self._is_writer_lost and job is self._last_job
-            if time.monotonic() < self._retry_at and not is_worth_trying:
-                self._count_unsent("paused after failures", 1)
-            else:
-                self._attempt(job)
+            if job is self._last_job:
+                self._repeat_kept()
+            if not self._may_try(job):
+                self._put_off(job, "paused after failures")
+            elif (why := self._attempt(job)) is not None:
+                self._put_off(job, why)
+        if self._is_attached:
+            self._repeat_kept()
 
-    def _attempt(self, job: Callable[[], None]) -> None:
+    def _may_try(self, job: Callable[[], None]) -> bool:
+        """Whether there is no pause. It is for stores that do not answer; a new process may write
+        how the sweep ended."""
+        return time.monotonic() >= self._retry_at or (self._is_writer_lost and job is self._last_job)
+
+    def _repeat_kept(self) -> None:
+        """Try once more what failed, until the store fails again: a database may have been locked
+        for a moment, and a write that was done in part is completed."""
+        kept, self._kept = self._kept, []
+        for job in kept:
+            if self._given_up or not self._may_try(job) or self._attempt(job) is not None:
+                return
+            self._summary = replace(self._summary, num_unsent=self._summary.num_unsent - 1)
+
+    def _attempt(self, job: Callable[[], None]) -> str | None:
+        """Write; returns why it failed, or None."""
         try:
             job()
         except Exception as error:  # noqa: BLE001 - whatever MLflow, SQLAlchemy or a server raise must not end a sweep
-            if self._given_up:
-                return  # counted
             self._num_failures += 1
             self._is_writer_lost = isinstance(error, LostWriterError)
             if self._num_failures >= FAILURES_BEFORE_PAUSE:
                 self._retry_at = time.monotonic() + PAUSE_S
-            self._count_unsent(first_line(error), 1)
-        else:
-            self._num_failures = 0
-            self._summary = replace(self._summary, num_written=self._summary.num_written + 1)
+            return first_line(error)
+        self._num_failures = 0
+        self._summary = replace(self._summary, num_written=self._summary.num_written + 1)
+        return None
+
+    def _put_off(self, job: Callable[[], None], why: str) -> None:
+        if self._given_up:
+            return  # counted
+        if len(self._kept) < MAX_KEPT:
+            self._kept.append(job)
+        self._count_unsent(why, 1)
 
     def _count_unsent(self, why: str, count: int) -> None:
         before = self._summary

@@ -19,11 +19,11 @@ class BundleModel(PythonModel):
     """A bundle that answers arrays of images with a table."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Open the bundle among the model's artifacts, with the model's `device` and `engine`."""
+        """Open the bundle among the model's artifacts, with the model's `device`, `engine`,
+        `precision` and `threads`."""
         import dsnet  # late, because this file is also run where the model is logged, without torch
 
-        config = context.model_config
-        self._bundle = dsnet.load_bundle(context.artifacts["bundle"], device=config["device"], engine=config["engine"])
+        self._bundle = dsnet.load_bundle(context.artifacts["bundle"], **context.model_config)
 
     def predict(
         self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None

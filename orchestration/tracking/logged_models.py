@@ -34,7 +34,7 @@ FORMATS_TAG: Final = "formats"
 """Tag of a logged model: the further formats that its bundle holds, with commas."""
 VERSIONS_TAG: Final = "mlflow.modelVersions"
 """Tag with which MLflow's page links a logged model to its registered versions."""
-MODEL_CONFIG: Final = {"device": "cpu", "engine": "auto"}
+MODEL_CONFIG: Final = {"device": "cpu", "engine": "auto", "precision": "float32", "threads": None}
 """Arguments of `dsnet.load_bundle`; `mlflow.pyfunc.load_model(..., model_config=...)` can give
 others."""
 

@@ -108,6 +108,19 @@ class UrlStore:
 
         self._do(removed)
 
+    def put(self, name: str, file: Path) -> None:
+        """Copy a local file there, in place of an earlier one."""
+
+        def copied(system: Any, path: str) -> None:
+            system.makedirs(path, exist_ok=True)
+            system.put_file(str(file), f"{path}/{name}")
+
+        self._do(copied)
+
+    def get(self, name: str, file: Path) -> None:
+        """Copy a file to a local path."""
+        self._do(lambda system, path: system.get_file(f"{path}/{name}", str(file)))
+
     def _do(self, action: Callable[[Any, str], Result]) -> Result:
         """Run an operation; its errors name the URL.
 

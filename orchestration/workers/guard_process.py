@@ -6,7 +6,8 @@ script, with the standard library alone:
     python -I -S guard_process.py PIDS_TO_WAIT_FOR PIDS_TO_KILL
 
 Both are separated by commas, the second is killed in its order and may be empty. It writes the pid
-that ended, or nothing if its standard input was closed before.
+that ended, or nothing if its standard input had a byte before. If its standard input was closed
+without one, the program that started it was killed, and it kills too.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ def main(waited_for: str, killed: str) -> None:
     for descriptor in pids:
         poll.register(descriptor, select.POLLIN)
     ended = [pids[descriptor] for descriptor, _ in poll.poll() if descriptor in pids]
-    if ended:
+    if ended or not os.read(sys.stdin.fileno(), 1):
         for target in targets:
             try:
                 signal.pidfd_send_signal(target, signal.SIGKILL)
             except ProcessLookupError:
                 continue  # it has ended by itself
-        sys.stdout.write(f"{ended[0]}\n")
+        sys.stdout.write("".join(f"{pid}\n" for pid in ended[:1]))
 
 
 if __name__ == "__main__":

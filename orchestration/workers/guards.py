@@ -18,8 +18,12 @@ from orchestration.runs.processes import look_at
 from orchestration.workers import guard_process
 from orchestration.workers.cluster_processes import MARK, command_line
 
-AGENTS = {"DashboardAgent": "its dashboard agent", "RuntimeEnvAgent": "its agent for runtime environments"}
-"""Parts of the agents' command lines, and what a person calls them."""
+AGENTS = {
+    "its dashboard agent": ("DashboardAgent", "dashboard/agent.py"),
+    "its agent for runtime environments": ("RuntimeEnvAgent", "runtime_env/agent/main.py"),
+}
+"""What a person calls the agents, and parts of their command lines: the titles that they give
+themselves, and the scripts that run until then."""
 END_S = 2.0
 
 
@@ -29,12 +33,12 @@ def agents_of(raylet: int) -> dict[int, str]:
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if entry.isdecimal() and (seen := look_at(int(entry))) is not None and seen.parent == raylet:
             line = command_line(int(entry))
-            found.update({int(entry): name for part, name in AGENTS.items() if part in line})
+            found.update({int(entry): name for name, parts in AGENTS.items() if any(part in line for part in parts)})
     return found
 
 
 class Guard:
-    """A process that ends all of several processes as soon as one of them has ended.
+    """A process that ends all of several processes as soon as one of them, or this one, has ended.
 
     Args:
         names: pid and name of the processes that are waited for.
@@ -67,7 +71,8 @@ class Guard:
     def stop(self) -> None:
         """End the guard, so that the processes may end in order."""
         assert self._process.stdin is not None
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # it has ended, or was stopped before
+            self._process.stdin.write("x")
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_S)

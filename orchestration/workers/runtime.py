@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -101,10 +102,12 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         is_local = settings.address == LOCAL
         mark, store_mib = (new_mark(), settings.object_store_mib) if is_local else (None, None)
         connect = partial(_connect, settings, mark)
+        handlers = _signal_handlers()
         with (
             watching(ClusterWatch(mark=mark)) as watch,
             started_in_time(connect, settings.start_timeout_s, store_mib),
         ):
+            _set_again(handlers)
             try:
                 _print_nothing()
                 watch.observe_session(settings.address)
@@ -127,6 +130,24 @@ def variables_set(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _signal_handlers() -> dict[int, Any]:
+    """The program's handlers of stop signals; empty outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _set_again(handlers: Mapping[int, Any]) -> None:
+    """Set the handlers that were there before Ray started.
+
+    Ray's own handler of SIGTERM, in C++, prints a stack, calls ours, and aborts the process three
+    seconds later.
+    """
+    for number, handler in handlers.items():
+        if handler is not None:  # one that was not set by Python cannot be set again
+            signal.signal(number, handler)
 
 
 def _connect(settings: RaySettings, mark: str | None = None) -> None:

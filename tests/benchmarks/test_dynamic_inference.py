@@ -3,11 +3,23 @@ cascade."""
 
 from __future__ import annotations
 
+import click
 import pytest
 import torch
 
-from benchmarks.dynamic_inference import WIDE_LIST, Contenders, InEngine, Spy, spread_gate, synthetic
-from dsnet.deploy.engines import graph_engines
+from benchmarks.dynamic_inference import (
+    VIT,
+    WIDE_LIST,
+    Contenders,
+    InEngine,
+    Network,
+    Spy,
+    spread_gate,
+    synthetic,
+    workloads,
+)
+from benchmarks.harness import Options
+from dsnet.deploy.engines import TORCH, graph_engines
 from dsnet.families import Task, create
 from dsnet.routers.base import Evidence
 from dsnet.routers.cascade import CascadeRouter
@@ -24,14 +36,20 @@ def test_the_spread_gate_gives_every_route_an_equal_share(num_routes: int) -> No
 
 
 @pytest.mark.slow
-def test_a_synthetic_batch_has_equal_shares_and_the_answers_of_its_routes() -> None:
-    work = synthetic(WIDE_LIST, "cpu", seed=0)
+@pytest.mark.parametrize("network", [WIDE_LIST, VIT])
+def test_a_synthetic_batch_has_equal_shares_and_the_answers_of_its_routes(network: Network) -> None:
+    work = synthetic(network, "cpu", seed=0)
     (batch,) = work.batches(10, seed=0)
     assert sorted(torch.bincount(work.contenders.dynamic(batch).routes).tolist()) == [2, 2, 3, 3]
     singles = work.batches(1, seed=0)
     assert [work.contenders.dynamic(single).routes.tolist() for single in singles] == [[0], [1], [2], [3]]
     assert work.contenders.largest_difference(batch) < 1e-4
     assert work.contenders.masked is None
+
+
+def test_a_network_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(click.BadParameter, match="no network is called 'VGG'; known: DS-MBNet, DS-ResNet-8, DS-ViT"):
+        workloads(Options(quick=True, threads=1, seed=0), None, None, None, TORCH, "VGG")
 
 
 def test_the_named_width_list_leaves_room_for_an_acceleration() -> None:

@@ -85,7 +85,7 @@ def test_a_run_prints_its_headline_last_and_writes_every_figure(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["ds_mbnet", "mobilenet_v2"])
+@pytest.mark.parametrize("model", ["ds_mbnet", "mobilenet_v2", "ds_vit"])
 def test_both_ways_of_the_supernet_step_compute_the_same_losses(model: str) -> None:
     networks = Networks(Workload("cpu", 32, 4, "float32", channels_last=True, seed=0, threads=1, model=model))
     ours, static = networks.ours()(), networks.static()()

@@ -28,6 +28,15 @@ def test_every_cell_is_the_share_of_channels() -> None:
     assert list(cells.y) == ["0.5 (1.5 M)", "&lt;b&gt;1 (3 M)"]
 
 
+def test_what_is_no_channel_is_called_what_it_is() -> None:
+    figure = channels_figure(replace(INFO, units=("channels", "pixels")))
+    (cells,) = figure.data
+    assert "4 of 8 channels" in cells.text[0][0]
+    assert "10 of 40 pixels" in cells.text[0][1]
+    assert figure.layout.title.text == "Widths of each sub-network"
+    assert channels_figure(INFO).layout.title.text == "Channels of each sub-network"
+
+
 def test_the_search_shows_all_candidates_and_the_chosen_ones() -> None:
     candidates, chosen = search_figure(INFO).data
     assert (list(candidates.x), list(candidates.y)) == ([1.5, 2.0, 3.0], [25.0, 50.0, 75.0])
@@ -43,7 +52,9 @@ def test_scores_before_and_after_a_fine_tuning_are_told_apart() -> None:
     assert before.marker.symbol != after.marker.symbol
 
 
-@pytest.mark.parametrize("changes", [{"widths": ((4, 10),)}, {"max_widths": (8,)}, {"madds_m": (1.5,)}])
+@pytest.mark.parametrize(
+    "changes", [{"widths": ((4, 10),)}, {"max_widths": (8,)}, {"madds_m": (1.5,)}, {"units": ("heads",)}]
+)
 def test_parts_of_other_lengths_are_refused(changes: dict) -> None:
     with pytest.raises(ValueError, match="needs one"):
         replace(INFO, **changes)

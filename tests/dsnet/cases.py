@@ -80,6 +80,11 @@ TRACED = ("tests.dsnet.nets:Residual", "tests.dsnet.nets:Dense", "tests.dsnet.ne
 NEXT = "tests.dsnet.nets:ConvNext"
 """A traced network with norms over its channels, and without BatchNorm."""
 
+KERNELS = "tests.dsnet.nets:Kernels"
+"""A traced network with depthwise kernels that can be sliced."""
+KERNEL_OPTIONS: Mapping[str, Any] = {"step": 2, "ratios": [0.5, 1.0], "kernels": [1, 3, 5], "combine": "all"}
+"""Options for it."""
+
 FAMILIES = (*HAND_WRITTEN, TRACED[0])
 """Families where one traced network stands for all."""
 TRANSFORMER = "ds_vit"
@@ -152,6 +157,8 @@ def neighbours(own: SubnetSet) -> SubnetSet:
     base = tuple(
         (own.prefix_upto(0) + spec.max_widths[shared:])[number]
         if number not in free or number in depths
+        else next(choice for choice in group.choices if choice >= group.max_width // 2)
+        if group.kind == "kernel"
         else group.max_width // 2 + 1
         for number, group in enumerate(spec.groups)
     )
@@ -189,6 +196,10 @@ def _cases() -> list[Case]:
             cases.append(Case(name, family, options, None))
     kernels = FURTHER_OPTIONS["ds_tiny"]["kernels"]
     cases.append(Case("kernels handmade private_affine", "ds_tiny", kernels, "private_affine", is_handmade=True))
+    cases.append(Case("kernels", KERNELS, KERNEL_OPTIONS, None))
+    inner = {**KERNEL_OPTIONS, "kernels": [3, 5], "combine": "tied", "gates": ["stem"]}
+    cases.append(Case("kernels behind a gate", KERNELS, inner, "recalibrate"))
+    cases.append(Case("kernels handmade private_affine", KERNELS, KERNEL_OPTIONS, "private_affine", is_handmade=True))
     ids = {"step": 2, "streams": "ids"}
     cases.append(
         Case("ids handmade private_affine", "tests.dsnet.nets:Stream", ids, "private_affine", is_handmade=True)

@@ -314,6 +314,61 @@ def one_channel(num_classes: int, in_channels: int) -> nn.Module:
     return Residual(num_classes, 1)
 
 
+class Kernels(nn.Module):
+    """Depthwise kernels of 5 and 3 pixels: with a stride, a bias and a multiplier of the channels,
+    dilated, and one without padding, which keeps its size."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.first = nn.Conv2d(8, 8, 5, stride=2, padding=2, groups=8, bias=False)
+        self.first_norm = nn.BatchNorm2d(8)
+        self.wide = nn.Sequential(nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.second = nn.Conv2d(12, 24, 3, padding=1, groups=12)
+        self.mixed = nn.Sequential(nn.Conv2d(24, 12, 1, bias=False), nn.BatchNorm2d(12))
+        self.third = nn.Conv2d(12, 12, 5, padding=4, dilation=2, groups=12)
+        self.last = nn.Conv2d(12, 12, 3, groups=12)
+        self.norm = nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.wide(F.relu6(self.first_norm(self.first(self.stem(images)))))
+        x = F.relu(x + self.mixed(F.relu(self.second(x))))
+        return self.fc(F.relu(self.norm(self.last(self.third(x)))).mean((2, 3)))
+
+
+class Unpadded(nn.Module):
+    """A depthwise kernel of 5 pixels that is padded by one pixel: enough for 3 pixels in its
+    centre, and not for 1."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 1)
+        self.first = nn.Conv2d(8, 8, 5, padding=1, groups=8)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(F.relu(self.first(self.stem(images))).mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """A depthwise convolution that runs in two places, and one that runs in one."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 1)
+        self.shared = nn.Conv2d(8, 8, 5, padding=2, groups=8)
+        self.between = nn.Conv2d(8, 8, 1)
+        self.middle = nn.Conv2d(8, 12, 1)
+        self.own = nn.Conv2d(12, 12, 5, padding=2, groups=12)
+        self.fc = nn.Linear(12, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.between(F.relu(self.shared(self.stem(images))))
+        x = self.middle(F.relu(self.shared(x)))
+        return self.fc(F.relu(self.own(x)).mean((2, 3)))
+
+
 class Stream(nn.Module):
     """Residual streams with writers of every kind: a stem, blocks with and without a squeeze and
     excite, a difference, a norm and a depthwise convolution on the stream, a stage with a

@@ -87,7 +87,8 @@ def test_launches_on_a_disk_that_grows_end_as_on_a_large_one(finished: Finished,
                 answer.err,
             )
         print(f"\nexit codes {codes}")  # noqa: T201 - what the long run reports
-        assert set(codes[:-1]) == {3, 6}
+        assert set(codes[:-1]) <= {3, 6}, "3 where nothing had begun yet"
+        assert 6 in codes
         assert codes[-1] == 0
         own, whole = results_in(tmp_path / "d"), finished.results
         assert study_of(own) == study_of(whole)

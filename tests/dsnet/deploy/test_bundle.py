@@ -29,7 +29,7 @@ from dsnet.deploy.bundle import (
     score_bundle,
 )
 from dsnet.deploy.engines import TORCH
-from dsnet.errors import CheckpointError, DataError, DsnetError, PreflightError, VerificationError
+from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.files import file_sha256, own_digest
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.batchnorm import recalibrate
@@ -440,6 +440,14 @@ def test_a_failed_save_leaves_the_old_bundle_and_nothing_else(folder: Path) -> N
     assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
 
 
+def test_a_bundle_that_lost_its_manifest_is_written_again(tmp_path: Path) -> None:
+    folder = save(tmp_path / "bundle")
+    (folder / "bundle.json").unlink()
+    (folder / "notes.txt").write_text("mine")
+    save(folder)
+    assert dsnet.load_bundle(folder).operating_points
+
+
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"dear")
@@ -593,12 +601,79 @@ def test_a_bundle_works_whatever_the_program_around_has_set(tmp_path: Path, host
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.parametrize(
+    "photos",
+    [Image.new("L", (9, 9)), np.zeros((9, 9), np.uint8), torch.zeros(2, 3), b"content", 3, [Image.new("L", (9, 9))]],
+)
+def test_what_is_no_file_is_refused_with_the_call_that_takes_it(photo_bundle: Bundle, photos: Any) -> None:
+    message = r"takes files, but got \w+; for a PIL image: bundle\(bundle\.photo_decoder\.of_photo\("
+    with pytest.raises(DsnetError, match=message):
+        photo_bundle.predict(photos)
+
+
+def test_the_call_that_a_refused_pil_image_is_told_gives_the_answer_for_its_file(
+    photo_bundle: Bundle, tmp_path: Path
+) -> None:
+    file = photo(tmp_path / "a.png", 3, (20, 30))
+    bundle, image = photo_bundle, Image.open(file)
+    answer = bundle(bundle.photo_decoder.of_photo(image.convert("RGB"))[None])
+    assert bundle.class_names[int(answer.classes[0])] == bundle.predict(file).class_name
+
+
+def test_an_on_error_that_is_no_function_is_refused(photo_bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match=r"on_error must be a function .* but is 'skip'"):
+        photo_bundle.predict(["a.png"], on_error="skip")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"device": "gpu"}, ConfigError, "device is 'gpu', but must be cpu, cuda or cuda:NUMBER"),
+        ({"threads": 0}, ConfigError, "threads must be a whole number from 1, or None, but is 0"),
+        ({"threads": "2"}, ConfigError, "threads must be a whole number from 1, or None, but is '2'"),
+        (
+            {"device": "cuda"},
+            PreflightError,
+            "device is cuda, but torch sees no GPU here; load the bundle with device='cpu'",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_no_damaged_bundle(
+    folder: Path, arguments: dict[str, Any], error: type[DsnetError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=message) as raised:
+        load_bundle(folder, **arguments)
+    assert not isinstance(raised.value, CheckpointError)
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_their_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(PreflightError, match="device is cuda:2, but torch sees 2 GPUs here, numbered from 0"):
+        load_bundle(folder, device="cuda:2")
+
+
+def test_further_formats_stay_in_an_equal_bundle_alone(folder: Path) -> None:
+    (folder / "static").mkdir()
+    save(folder)
+    assert (folder / "static").is_dir()
+    save(folder, claims={**CLAIMS, "val": {"top1": 0.6, "madds_m": 0.25}})
+    assert not (folder / "static").exists()
+    (folder / "static").mkdir()
+    (folder / MANIFEST).unlink()
+    save(folder)
+    assert not (folder / "static").exists()
+
+
 def test_images_that_are_no_tensor_or_elsewhere_are_refused(tmp_path: Path) -> None:
     supernet = small_supernet()
     bundle = load_bundle(save(tmp_path / "bundle", supernet, router=gate(supernet)))
     message = r"takes a tensor of pixels, but got str; for files: bundle\.predict"
     with unchecked_shapes(), pytest.raises(DsnetError, match=message):
         bundle("photo.jpg")  # type: ignore[arg-type]
+    with unchecked_shapes(), pytest.raises(DsnetError, match=r"got ndarray; bundle\(torch\.from_numpy\(array\)\)"):
+        bundle(random_pixels(2).numpy())  # type: ignore[arg-type]
     with pytest.raises(
         DsnetError, match=r"runs on cpu, but the images are on meta; move them with images\.to\('cpu'\)"
     ):

@@ -31,6 +31,7 @@ from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Evidence, Executed
 from dsnet.routers.fixed import FixedRouter
 from dsnet.space.route_tree import RouteTree
+from tests.dsnet.cases import KERNEL_OPTIONS, KERNELS
 from tests.dsnet.deploy.test_bundle import gate, save
 from tests.dsnet.samples import (
     NORMALIZATION,
@@ -52,6 +53,7 @@ TOKENS: Mapping[str, Any] = {"patch": 8, "dim": 16, "heads": 2, "depth": 2, "gat
 SUPERNETS: dict[str, Callable[[], Supernet]] = {
     "one gate": small_supernet,
     "three gates": partial(three_gate_supernet, image_size=(12, 20)),
+    "kernels": lambda: shaken(create(KERNELS, task(), {**KERNEL_OPTIONS, "kernels": [3, 5], "gates": ["stem"]})).eval(),
     "tokens": lambda: shaken(create("ds_vit", task(), TOKENS)).eval(),
 }
 """Supernets by name, one of them for images that are no squares."""

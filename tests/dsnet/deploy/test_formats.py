@@ -34,6 +34,7 @@ ONE_IMAGE = ("onnx_single", "torch_export")
 KINDS = {
     "one gate": ("gate", "evidence_gate", "cascade", "learned_cascade"),
     "three gates": ("gates", "cascade"),
+    "kernels": ("gate", "cascade"),
     "tokens": ("gate", "cascade"),
 }
 

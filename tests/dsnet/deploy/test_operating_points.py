@@ -310,6 +310,17 @@ def test_a_latency_that_was_not_measured_says_how_to_get_it(folder: Path) -> Non
         bundle.at("subnet-00", madds_m=1.0)
 
 
+@pytest.mark.parametrize("name", ["madds_m", "latency_ms", "top1"])
+def test_a_budget_that_is_no_number_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a number, but is '0.4'"):
+        load_bundle(folder).set_budget(**{name: "0.4"})  # type: ignore[arg-type]
+
+
+def test_a_point_in_an_interpreter_is_one_line_without_weights(folder: Path) -> None:
+    point = load_bundle(folder).operating_point
+    assert repr(point) == f"OperatingPoint({point})"
+
+
 def test_a_printed_bundle_and_its_table_show_the_points(folder: Path) -> None:
     bundle = load_bundle(folder)
     lines = str(bundle).splitlines()

@@ -506,11 +506,11 @@ def test_weights_of_other_classes_and_image_sizes_load(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     state = plain_of("timm").state_dict()
-    state["dist_token"] = torch.zeros(1, 1, 24)
+    state["reg_token"] = torch.zeros(1, 1, 24)
     torch.save(state, tmp_path / "vit.pth")
     start = load_start(tmp_path / "vit.pth")
     with pytest.raises(
-        CheckpointError, match=r"does not fit supernet.model ds_vit .*unexpected dist_token \(1, 1, 24\)"
+        CheckpointError, match=r"does not fit supernet.model ds_vit .*unexpected reg_token \(1, 1, 24\)"
     ):
         first_weights(layout(FAMILY, task(), OPTIONS), 0, start)
     with pytest.raises(CheckpointError, match=r"missing blocks.4.norm1.weight \(24,\)"):
@@ -518,6 +518,18 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     torch.save({**plain_of("timm").state_dict(), "pos_embed": torch.zeros(1, 14, 24)}, tmp_path / "vit.pth")
     start = load_start(tmp_path / "vit.pth")
     with pytest.raises(CheckpointError, match=r"pos_embed has shape \(1, 14, 24\), expected \(1, 17, 24\)"):
+        first_weights(layout(FAMILY, task(), OPTIONS), 0, start)
+
+
+def test_a_distilled_deit_is_refused_with_the_reason_and_what_works(tmp_path: Path) -> None:
+    state = {**plain_of("timm").state_dict(), "dist_token": torch.zeros(1, 1, 24), "head_dist.bias": torch.zeros(10)}
+    torch.save(state, tmp_path / "deit.pth")
+    start = load_start(tmp_path / "deit.pth")
+    with pytest.raises(
+        CheckpointError,
+        match=r"deit\.pth is a distilled DeiT: it has a second class token \(dist_token\).*use the weights of the same network "
+        r"without distillation \(in timm deit_tiny_patch16_224",
+    ):
         first_weights(layout(FAMILY, task(), OPTIONS), 0, start)
 
 

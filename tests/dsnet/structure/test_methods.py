@@ -41,6 +41,7 @@ from dsnet.structure.settings import BasesSettings, ProgressiveSettings, Structu
 from dsnet.training.start import Start, first_weights, load_start
 from dsnet.training.supernet import train_supernet
 from dsnet.training.supernet_run import SupernetRun
+from tests.dsnet.cases import KERNEL_OPTIONS, KERNELS
 from tests.dsnet.samples import NORMALIZATION, random_images, random_labels, random_pixels, small_run
 from tests.dsnet.structure.problems import (
     NET,
@@ -335,6 +336,56 @@ def test_greedy_leaves_out_steps_that_save_nothing() -> None:
     assert chosen == sorted(set(chosen), reverse=True)
 
 
+TOKENS: Mapping[str, Any] = {"patch": 4, "dim": 24, "heads": 3, "depth": 3, "gates": [1], "mlp_ratio": 2}
+DIMENSIONS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
+    "heads and hidden channels": (
+        "ds_vit",
+        {**TOKENS, "slices": ["heads", "mlp"]},
+        {"pin": "gate", "step": 8, "targets": (0.6, 0.8)},
+    ),
+    "kernels of a family": ("ds_tiny", {"num_routes": 3, "kernels": [3, 5, 7]}, {"pin": "gate", "step": 8}),
+    "kernels of a plain network": (KERNELS, KERNEL_OPTIONS, {"step": 2}),
+}
+"""Networks with further dimensions than channels: a family, its options, and settings of the
+search."""
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_greedy_steps_through_heads_hidden_channels_and_kernels(name: str, tmp_path: Path) -> None:
+    """Every step is the best removal of one step of one group, whatever the group counts; the
+    members lie on one way down, on which each dimension was narrowed."""
+    family, options, settings = DIMENSIONS[name]
+    problem = problem_of(family, options=options, method="greedy", **{"targets": (0.35, 0.7), "levels": 4, **settings})
+    check_structure(problem)
+    scorer = CountingScorer(of=lambda widths: _by_size(problem, widths))
+    found = find(problem, tmp_path, scorer, start=sorted_start(problem, rebuild(problem.subnets).eval()))
+    possible, way = problem.options(4), [problem.widest]
+    asked = list(scorer.asked)
+    while asked:
+        candidates = [
+            (*way[-1][:group], sizes[sizes.index(way[-1][group]) - 1], *way[-1][group + 1 :])
+            for group, sizes in enumerate(possible)
+            if way[-1][group] > sizes[0]
+        ]
+        assert asked[: len(candidates)] == candidates
+        way.append(max(candidates, key=lambda widths: _by_size(problem, widths).num_correct))
+        asked = asked[len(candidates) :]
+    members = [member.widths for member in found.subnets]
+    assert all(member in way for member in members)
+    narrowed = {
+        group.kind for group, width in zip(problem.spec.groups, members[0], strict=True) if width < group.max_width
+    }
+    assert narrowed == {
+        group.kind for group, sizes in zip(problem.spec.groups, possible, strict=True) if len(sizes) > 1
+    }
+
+
+def _by_size(problem: StructureProblem, widths: Widths) -> Score:
+    """A score that falls with the squared share that is missing of every group."""
+    missing = sum((1 - width / whole) ** 2 for width, whole in zip(widths, problem.widest, strict=True))
+    return Score(round(10_000 * (1 - missing / len(widths))), 10_000)
+
+
 def test_two_equal_scores_remove_the_lower_group() -> None:
     problem = toy(4, 4, 4, method="greedy", targets=(0.9,))
     search = structure_method("greedy").find(problem, None, Trained())  # type: ignore[arg-type]
@@ -586,13 +637,25 @@ def test_a_scorer_that_gives_too_little_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "order"), [("ds_tiny", "bn_gamma"), (NET, "bn_gamma"), ("ds_vit", "weight_l1")])
-def test_from_a_base_to_the_joint_training(family: str, order: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "order", "options"),
+    [
+        ("ds_tiny", "bn_gamma", None),
+        (NET, "bn_gamma", None),
+        ("ds_vit", "weight_l1", None),
+        ("ds_tiny", "bn_gamma", {"width": 0.5, "num_routes": 3, "kernels": [3, 5]}),
+        (KERNELS, "weight_l1", KERNEL_OPTIONS),
+    ],
+)
+def test_from_a_base_to_the_joint_training(
+    family: str, order: str, options: Mapping[str, Any] | None, tmp_path: Path
+) -> None:
     """The whole stage in one process: hold-out, base, order, search, and the start weights of the
     set."""
     problem = problem_of(
         family,
         "private_affine",
+        options,
         method="greedy",
         targets=(0.4, 0.7),
         levels=3,

@@ -89,7 +89,8 @@ def test_weight_decay_rises_where_the_training_is_short_and_stays_as_published_w
 def test_a_training_that_takes_a_cpu_hours_gets_fewer_epochs_and_says_why() -> None:
     dense = data_defaults(facts(40_000, madds_m=60.0), "ds_resnet")[EPOCHS]
     depthwise = data_defaults(facts(40_000, madds_m=60.0), "ds_mbnet")[EPOCHS]
-    assert depthwise.value < dense.value < USUAL_EPOCHS
+    tokens = data_defaults(facts(40_000, madds_m=60.0), "ds_vit")[EPOCHS]
+    assert depthwise.value <= tokens.value < dense.value < USUAL_EPOCHS
     assert "CPU" in depthwise.reason
 
 

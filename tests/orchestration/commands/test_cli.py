@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
+from dsnet.deploy.exporters import format_names
 from orchestration.cli import cli
 from search.front.points import trial_name
 from search.front.points_file import load_points
@@ -59,6 +61,11 @@ def test_the_top_help_shows_every_summary_whole(width: int) -> None:
         assert f"{name} {summary.partition('. ')[0].removesuffix('.')}" in listed
     assert "..." not in listed
     assert max(map(len, shown.splitlines())) <= width
+
+
+def test_the_help_of_export_names_every_format() -> None:
+    shown = re.sub(r"\s+", " ", CliRunner().invoke(cli, ["export", "--help"]).output)
+    assert [name for name in format_names() if name not in shown] == []
 
 
 def test_the_top_help_is_quick_imports_nothing_heavy_and_chooses_mkls_mode(tmp_path: Path) -> None:

@@ -152,7 +152,12 @@ def test_the_sentence_names_what_leaves_and_what_is_open() -> None:
     )
     assert front_sentence([point("a", front_share=0.6), point("b", **behind), point("c", **behind)]).endswith(
         "2 of 3 gates of the run's front leave the front of top-1 and latency there: "
-        "b (slim dominates it), c (slim dominates it). The spread of the times leaves it open for a."
+        "b (slim dominates it), c (slim dominates it). The spread of the times leaves it open for a (on it by the medians)."
+    )
+    open_case = point("b", **(behind | {"front_share": 0.4}))
+    assert front_sentence([open_case, static]) == (
+        "No gate of the run's front (1 in all) surely leaves the front of top-1 and latency there. "
+        "The spread of the times leaves it open for b (dominated by slim by the medians)."
     )
     assert "no gates on its front yet" in front_sentence([static])
 
@@ -201,6 +206,7 @@ class TestKit:
                 assert own["latency_ms"] == pytest.approx((times[1] + times[2]) / 2)
         shown = call(folder, "measure", "tiny", "--stored")
         assert "decision was not measured" in " ".join(shown.out.split())
+        assert ", by a kit, batch 1" in shown.out
 
     def test_after_ctrl_c_the_finished_rounds_are_written(self, folder: Path) -> None:
         process = self.start(folder, "--rounds", "1000000", "--out", "stopped.json")

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from dsnet.errors import ConfigError
+from orchestration.config.command_lines import has_own_code, has_own_network, launch_command
 from orchestration.config.distribution import Distribution
 from orchestration.config.loading import LoadedConfig, load_config
-from orchestration.config.resolve import known_fields, resolve_space
+from orchestration.config.resolve import enqueued_points, known_fields, resolve_cohort, resolve_space, resolve_trials
 from orchestration.config.section import section_class
 from orchestration.config.supernet import resolve_regime
 from orchestration.config.sweep import SweepConfig
@@ -985,6 +986,111 @@ def test_a_scribbled_example_is_a_config_or_a_config_error(
     tmp_path_factory: pytest.TempPathFactory, name: str, seed: int
 ) -> None:
     check_scribbled(tmp_path_factory.mktemp("scribbled", numbered=True) / "s.yaml", name, seed)
+
+
+def test_an_absolute_target_takes_the_place_of_the_one_that_the_default_space_sweeps(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("version: 1\nname: a\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n", encoding="utf-8")
+    assert "gate.target" in load_config(path).config.space
+    config = load_config(path, overrides=["gate.target_madds_m=0.15"]).config
+    assert config.gate.target_madds_m == 0.15
+    assert "gate.target" not in config.space
+    assert "gate.sgs.t_easy" in config.space
+
+
+def test_a_file_without_a_space_sweeps_the_kinds_of_router_and_each_setting_only_for_those_that_read_it(
+    sweep: Path,
+) -> None:
+    config = load(sweep, HEAD).config
+    space = resolve_space(config)
+    assert space["gate.router"] == Distribution("choice", ("gate", "evidence_gate", "cascade", "learned_cascade"))
+    assert space["gate.target"].when == ()
+    trained = (("gate.router", ("gate", "evidence_gate", "learned_cascade")),)
+    assert {key for key in space if space[key].when == trained} == set(space) - {"gate.router", "gate.target"}
+    assert [point["gate.router"] for point in enqueued_points(config)] == ["gate", "gate"], "the published settings"
+    assert resolve_trials(config) >= 2 * resolve_cohort(config), "a cohort that draws, and at least one that learns"
+
+
+@pytest.mark.parametrize(
+    ("gate", "kind", "keys"),
+    [
+        ("{router: gate}", "gate", 6),
+        ("{router: evidence_gates}", "evidence_gates", 6),
+        ("{router: cascade}", "cascade", 1),
+        ("{trainer: end_to_end}", "gate", 6),
+    ],
+)
+def test_a_router_that_is_given_is_not_swept_and_neither_is_what_it_does_not_read(
+    sweep: Path, gate: str, kind: str, keys: int
+) -> None:
+    loaded = load(sweep, HEAD + f"gate: {gate}\n")
+    assert "gate.router" not in loaded.config.space
+    assert (loaded.config.gate.router, len(loaded.config.space)) == (kind, keys)
+    assert loaded.warnings == ()
+    assert load(sweep, HEAD, overrides=[f"gate={gate}"]).config == loaded.config
+
+
+def test_kinds_of_router_that_the_command_line_sweeps_keep_what_they_read(sweep: Path) -> None:
+    text = HEAD + "gate: {router: cascade}\n"
+    space = load(sweep, text, overrides=["space.gate.router={choice: [gates, cascade]}"]).config.space
+    assert space["gate.router"] == Distribution("choice", ("gates", "cascade"))
+    assert "gate.sgs.t_easy" in space
+
+
+def test_the_paper_preset_leaves_a_file_without_a_space_nothing_but_the_published_gate(sweep: Path) -> None:
+    config = load(sweep, HEAD, preset="paper").config
+    assert (config.gate.router, config.gate.trainer) == ("gate", "end_to_end")
+    assert "gate.router" not in config.space
+    assert config.space["gate.sgs.t_easy"] == Distribution("fixed", (0.0,))
+
+
+def test_a_network_by_import_path_is_imported_and_may_be_made_for_the_images_of_its_task_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_model(model: str, options: str = "{}") -> SweepConfig:
+        text = f"version: 1\nname: own\ndata: {{name: digits}}\nsupernet:\n  model: {model}\n  options: {options}\n"
+        (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+        return load_config(tmp_path / "own.yaml", known_models=MODELS, environ={}).config
+
+    assert load_model("tests.dsnet.nets:one_channel").supernet.model == "tests.dsnet.nets:one_channel"
+    with pytest.raises(ConfigError, match=r"own\.yaml:5:10: supernet\.model: .*nothing' cannot be imported"):
+        load_model("tests.dsnet.nets:nothing")
+    with pytest.raises(
+        ConfigError, match=r"own\.yaml:6.*supernet\.options\.ratio: unknown option.*did you mean 'ratios'"
+    ):
+        load_model("tests.dsnet.nets:one_channel", "{ratio: [1.0]}")
+    monkeypatch.delenv("DSNET_ALLOW_IMPORTS")
+    with pytest.raises(ConfigError, match=r"supernet\.model: .*DSNET_ALLOW_IMPORTS=1.*--allow-imports"):
+        load_model("tests.dsnet.nets:one_channel")
+
+
+@pytest.mark.parametrize(
+    ("text", "own_code", "own_network"),
+    [
+        ("supernet: {model: ds_tiny}\n", False, False),
+        ("supernet: {model: 'tests.dsnet.nets:one_channel'}\n", True, True),
+        ("supernet: {model: ds_tiny, structure: {method: 'own_methods:mine', targets: [0.5, 1.0]}}\n", True, False),
+        (
+            "supernet: {model: ds_tiny, structure: {method: multi_base, targets: [0.5, 1.0], score: 'own_scores:mine'}}\n",
+            True,
+            False,
+        ),
+        (
+            "supernet: {model: ds_tiny, structure: {targets: [0.5, 1.0]}}\n"
+            "space: {supernet.structure.method: {choice: [uniform, 'own_methods:mine']}, gate.target: 0.5}\n"
+            "supernets: {number: 2}\n",
+            True,
+            False,
+        ),
+    ],
+)
+def test_printed_commands_have_the_flag_where_a_sweep_uses_code_of_the_user(
+    sweep: Path, text: str, own_code: bool, own_network: bool
+) -> None:
+    config = load(sweep, f"version: 1\nname: own\ndata: {{name: digits}}\n{text}", known_models=None).config
+    assert (has_own_code(config), has_own_network(config)) == (own_code, own_network)
+    printed = launch_command(config, Path("my sweeps/own.yaml"))
+    assert printed == "dsnet-orch launch 'my sweeps/own.yaml'" + (" --allow-imports" if own_code else "")
 
 
 @pytest.mark.long

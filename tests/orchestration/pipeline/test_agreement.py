@@ -26,7 +26,7 @@ from dsnet.routers.cascade import CascadeRouter
 from dsnet.routers.gate import GateRouter
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
-from orchestration.pipeline.agreement import CLASS_TIE, _batches, check_agreement, time_front
+from orchestration.pipeline.agreement import CLASS_TIE, check_agreement, drawn_batches, time_front
 from orchestration.pipeline.verify import known_agreements
 from orchestration.results.verified import Agreement, DynamicLatency
 from orchestration.runs.folder import RunDir
@@ -248,7 +248,7 @@ def test_the_front_and_the_extremes_are_timed_as_graphs_of_the_engine(
     for size in sizes:
         assert found.widest[size].median_ms == pytest.approx(size * (STATIC_MS + widest))
         assert found.cheapest[size].median_ms == pytest.approx(size * (STATIC_MS + cheapest))
-        routes = [net(NORMALIZATION.apply(batch)).routes for batch in _batches(images, size)]
+        routes = [net(NORMALIZATION.apply(batch)).routes for batch in drawn_batches(images, size)]
         assert len(torch.cat(routes).unique()) > 1
         expected = torch.cat(routes).double().mean() + TRUNK_MS + TAIL_MS
         assert found.gates[size][3].median_ms == pytest.approx(size * float(expected))

@@ -276,6 +276,23 @@ def in_int8(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.slow
+def test_the_time_in_int8_is_told_beside_float32_and_the_widest_static_sub_network(
+    finished: Finished, in_int8: Path
+) -> None:
+    content = json.loads((in_int8 / "runs" / "tiny" / "export" / "knee" / "onnx_int8" / "accuracy.json").read_text())
+    timed = content["latency"]
+    assert timed["threads"] == finished.results.config.measure.threads
+    assert "ONNX Runtime" in timed["device"]
+    assert set(timed["ms"]) == {str(size) for size in finished.results.config.measure.batch_sizes}
+    for rows in timed["ms"].values():
+        assert set(rows) == {"widest", *content["points"]}
+        for row in rows.values():
+            low, high = row["ratio_interval"]
+            assert 0 < low <= high
+            assert row["ratio"] == pytest.approx(row["int8"]["median_ms"] / row["float32"]["median_ms"])
+
+
+@pytest.mark.slow
 def test_the_accuracy_in_int8_is_that_of_the_int8_network_beside_its_own_controls(
     finished: Finished, in_int8: Path
 ) -> None:
@@ -431,6 +448,11 @@ def test_predict_answers_photos_as_the_bundle_answers_the_data_and_names_what_it
     assert f"{tmp_path / 'gone.png'}: cannot be read" in answer.err
     assert call(finished.folder, "predict", path, tmp_path / "scan-0.png").code == 0
     assert call(finished.folder, "predict", tmp_path / "none", tmp_path / "scan-0.png").code == 9
+    by_torch = call(finished.folder, "predict", path, tmp_path / "scan-0.png", "--engine", "torch", "--json")
+    assert by_torch.json["predictions"][0]["class"] == rows[0]["class"]
+    unknown = call(finished.folder, "predict", path, tmp_path / "scan-0.png", "--engine", "torhc")
+    assert unknown.code == 2
+    assert problems_of_message(unknown, ["unknown engine 'torhc'", "did you mean 'torch'"]) == []
 
 
 @pytest.mark.parametrize(
@@ -501,6 +523,41 @@ def test_a_folder_that_is_no_bundle_is_not_overwritten(finished: Finished, tmp_p
     assert answer.code == 3
     assert problems_of_message(answer, [trial_name(slot), "not a bundle"]) == []
     assert precious.read_text() == "years of work"
+
+
+@pytest.mark.slow
+def test_formats_of_an_earlier_export_are_kept_unless_they_are_damaged(
+    finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("onnxscript", reason="extra deploy is not installed")
+    assert call(finished.folder, "export", "tiny", "--format", "onnx_single", "--out", tmp_path).code == 0
+    graph = tmp_path / "knee" / "onnx_single" / "classifier.onnx"
+    content = graph.read_bytes()
+    answer = call(finished.folder, "export", "tiny", "--out", tmp_path)
+    assert (answer.code, graph.read_bytes()) == (0, content)
+    refused = call(finished.folder, "export", "tiny", "--format", "onnx_photo", "--out", tmp_path)  # digits are grey
+    assert (refused.code, graph.read_bytes()) == (2, content)
+
+    graph.write_bytes(content[: len(content) // 2])
+    answer = call(finished.folder, "export", "tiny", "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    assert "onnx_single of an earlier export is damaged" in caplog.text
+    assert "--format onnx_single" in caplog.text
+    assert not graph.exists()
+
+
+def test_a_format_of_a_bundle_with_other_content_is_removed_and_named(
+    finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (slot,) = picked_slots(finished.results, ["knee"])
+    assert call(finished.folder, "export", "tiny", "--out", tmp_path).code == 0
+    manifest = tmp_path / trial_name(slot) / "bundle.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sha256": "of another content"}))
+    (manifest.parent / "static").mkdir()
+    answer = call(finished.folder, "export", "tiny", "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    assert "static of an earlier export was made from another content" in caplog.text
+    assert not (manifest.parent / "static").exists()
 
 
 def test_a_run_is_timed_on_its_own_images_beside_its_own_sub_networks(finished: Finished) -> None:

@@ -259,9 +259,12 @@ def test_ctrl_c_ends_every_stage_with_130_soon(tmp_path: Path, stage: str) -> No
         command.wait_for(lambda: any((tmp_path / "runs").glob(f"[nt]*/{moment}")))
         time.sleep(0.5)
         answer, seconds = stop(command, signal.SIGINT)
-        assert answer.code == 130, answer.err
         assert seconds < SOON_S
-        assert_one_message(answer, "stopped; finished work is kept")
+        if stage == "export" and answer.code == 0:  # it was complete before it could stop
+            assert (tmp_path / "runs" / "tiny" / "report.html").is_file()
+        else:
+            assert answer.code == 130, answer.err
+            assert_one_message(answer, "stopped; finished work is kept")
         assert command.left_behind() == []
     finally:
         command.end()

@@ -43,6 +43,20 @@ def test_every_kind_of_list_holds_the_same_pixels(bundle: Bundle, content: dict[
     assert sent.pixels.dtype == torch.uint8
 
 
+def test_a_form_is_told_apart_from_a_file(bundle: Bundle) -> None:
+    with pytest.raises(DataError, match=r"is a form .* curl -F .* --data-binary @FILE"):
+        read_images(b"--x\r\n\r\n" + png(PIXELS[0]), "multipart/form-data; boundary=x", bundle)
+
+
+def test_a_file_from_which_curl_removed_bytes_is_told(bundle: Bundle) -> None:
+    cut = png(PIXELS[0]).translate(None, b"\r\n\0")
+    with pytest.raises(DataError, match=r"does not decode: .*; curl -d removes bytes of the file: use --data-binary"):
+        read_images(cut, "application/x-www-form-urlencoded", bundle)
+    with pytest.raises(DataError) as raised:
+        read_images(cut, "image/png", bundle)
+    assert "curl" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("body", "kind"),
     [

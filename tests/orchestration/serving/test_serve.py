@@ -230,6 +230,34 @@ def test_ctrl_c_ends_it_soon_and_completely_and_it_listened_on_localhost_only(se
     assert server.listeners.remotes <= LOCALHOST
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("victim", ["all", "raylet"])
+def test_it_ends_soon_when_all_its_processes_are_stopped_or_ray_is_lost(tmp_path: Path, victim: str) -> None:
+    command = Command(tmp_path, "serve", save_served(tmp_path / "bundle"), *OPTIONS)
+    try:
+        assert command.process.stdout is not None
+        assert "http://127.0.0.1" in command.process.stdout.readline()
+        started = time.monotonic()
+        if victim == "all":  # as a service manager does it
+            os.killpg(command.process.pid, signal.SIGTERM)
+        else:
+            (raylet,) = [pid for pid in command.pids() if "raylet/raylet" in _title(pid)]
+            os.kill(raylet, signal.SIGKILL)
+        answer = command.wait(timeout_s=60)
+        assert time.monotonic() - started < 20
+        assert command.left_behind() == []
+    finally:
+        command.end()
+    if victim == "all":
+        assert answer.code == 0
+        assert answer.err.startswith("starting Ray Serve ...\nstopping ...\n")  # Ray may add a line of its own
+        assert "Traceback" not in answer.err
+    else:
+        assert answer.code == 6
+        told = f"error: Ray was lost: its raylet (process {raylet}) has ended. The server has ended; start it again"
+        assert answer.err.splitlines()[1:] == [told]
+
+
 def test_what_cannot_be_served_is_told_before_anything_starts(tmp_path: Path) -> None:
     bundle = save_served(tmp_path / "bundle")
     damaged = Path(shutil.copytree(bundle, tmp_path / "damaged"))

@@ -528,6 +528,7 @@ def test_a_sweep_killed_in_its_second_training_and_terminated_in_its_second_sear
         answer = command.wait()
         assert answer.code == 6, answer.err
         assert f"dsnet-orch launch {SWEEP}" in answer.err
+        assert "received at time" not in answer.err, "the handler of Ray, which aborts after 3 s"
         assert command.left_behind() == []
     assert not any(members.glob("*/table/*/sealed"))
     assert json.loads((tmp_path / "runs" / "nets" / "manifest.json").read_text())["test_openings"] == 0

@@ -40,6 +40,10 @@ try:
     model.predict(images, params={"budget_madds": 1e-6})
 except NotFoundError as error:
     print(error)
+try:
+    mlflow.pyfunc.load_model(sys.argv[2], model_config={"precision": "int8", "threads": 1})
+except Exception as error:
+    print(error)
 """
 
 
@@ -81,6 +85,8 @@ def test_the_model_that_a_launch_logged_answers_like_its_bundle_in_another_proce
     assert ended.returncode == 0, ended.stderr
     assert "Warning" not in ended.stderr
     assert "no operating point costs at most 1e-06 M MAdds" in ended.stdout
+    assert "precision int8" in ended.stdout, "model_config reaches load_bundle"
+    assert "export it with dsnet-orch export RUN --format onnx_int8" in ended.stdout
     answers, expected = pd.read_json(tmp_path / "answers.json", dtype={"class": str}), bundle(images)
     assert answers["class"].tolist() == [bundle.class_names[label] for label in expected.classes]
     assert answers["route"].tolist() == [bundle.route_names[route] for route in expected.routes]

@@ -725,11 +725,11 @@ def test_a_store_that_comes_back_is_written_to_again(
         source.backup(target)
     tracker.trial(trial_run("digits", 3))
     summary = tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
-    assert summary.num_unsent == 5
+    assert summary.num_unsent == 0, "what failed is written at the end"
     assert len(warnings) == 1
-    assert {"digits", "digits/cccc/trial-0003"} <= set(away.runs(experiment))
+    assert {"digits", *(f"digits/cccc/trial-000{slot}" for slot in range(4))} <= set(away.runs(experiment))
     assert play(away.tracker(experiment), "digits", artifact).num_unsent == 0
-    assert {"digits/cccc/trial-0000", "digits/aaaa/supernet"} <= set(away.runs(experiment))
+    assert "digits/aaaa/supernet" in away.runs(experiment)
 
 
 def test_a_server_that_never_answers_does_not_hold_the_driver(tmp_path: Path) -> None:
@@ -795,7 +795,7 @@ def test_importing_the_module_does_not_import_mlflow_and_using_it_sends_nothing_
         "import sys; from pathlib import Path; from orchestration.tracking import background, store as stores\n"
         "assert 'mlflow' not in sys.modules\n"
         "store = stores.MlflowStore('http://127.0.0.1:1', 'x', Path('.'))\n"
-        "background.MlflowTracker('http://127.0.0.1:1', 'x', Path('.'), 'x', warn=print, store=store)._attempt(store.connect)\n"
+        "print(background.MlflowTracker('http://127.0.0.1:1', 'x', Path('.'), 'x', store=store)._attempt(store.connect))\n"
         "from mlflow.telemetry import get_telemetry_client\n"
         "assert get_telemetry_client() is None\n"
     )
@@ -803,7 +803,7 @@ def test_importing_the_module_does_not_import_mlflow_and_using_it_sends_nothing_
     environment = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "MLflow at http://127.0.0.1:1 cannot be written" in done.stdout
+    assert "127.0.0.1" in done.stdout, "it was tried"
 
 
 def test_time_outs_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,10 @@ def test_a_guard_kills_all_when_one_ends_and_nothing_when_it_is_stopped() -> Non
         guard.stop()
         assert guard.wait() is None
         assert third.poll() is None
+
+        script = f"import os; from orchestration.workers.guards import Guard; Guard({{{third.pid}: ''}}, [{third.pid}]); os._exit(9)"
+        assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=False).returncode == 9
+        assert third.wait(10) == -signal.SIGKILL, "a program that was killed leaves nothing behind"
     finally:
         for process in (first, second, third):
             process.kill()

@@ -1,0 +1,136 @@
+"""Copies of a run's finished stages at `storage.artifacts`, with which a launch on another machine
+continues.
+
+Each stage is one archive, because a search has a file for every gate; the manifest lies beside
+them. What is restored is checked like every other file of a run: each output has its SHA-256 in
+the stage's marker.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsnet.errors import DsnetError, PreflightError
+from dsnet.wording import first_line, plural
+from orchestration.runs.folder import RunDir
+from orchestration.runs.stages import StageDir
+from orchestration.workers.file_stores import UrlStore
+
+FOLDER = "finished"
+"""Folder of the copies, below the run's own at the URL."""
+MANIFEST, SUFFIX = "manifest.json", ".tar"
+EVERY_S, SHARE = 60.0, 0.05
+"""A search that goes on is copied once in so many seconds, and rarely enough that the copies take
+at most this share of the time."""
+
+
+@dataclass
+class RunCopies:
+    """The copies of one run."""
+
+    run: RunDir
+    url: str
+    """URL of the run's own folder at `storage.artifacts`."""
+    warn: Callable[[str], None]
+    clock: Callable[[], float] = time.monotonic
+    _store: UrlStore = field(init=False)
+    _next_s: float = field(init=False)
+    """The earliest time of the next copy of a search that goes on."""
+    _has_failed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._store = UrlStore(f"{self.url}/{FOLDER}")
+        self._next_s = self.clock() + EVERY_S
+
+    def keep(self, stage: StageDir) -> None:
+        """Copy a stage and the manifest; a copy that fails is a warning, because the run folder has
+        all of it."""
+        started_s = self.clock()
+        try:
+            with tempfile.TemporaryDirectory(prefix="dsnet-copy-") as name:
+                archive = Path(name) / "stage.tar"
+                with tarfile.open(archive, "w") as tar:
+                    tar.add(stage.path, self._below(stage.path), filter=_without_unfinished)
+                self._store.put(self._name(stage), archive)
+            self._store.write(MANIFEST, self.run.manifest_path.read_bytes())
+        except (DsnetError, OSError) as error:
+            self._complain(error)
+        self._next_s = self.clock() + max(EVERY_S, (self.clock() - started_s) / SHARE)
+
+    def has(self, stage: StageDir) -> bool:
+        """Whether there is a copy of a stage; also if that cannot be found out, which was said."""
+        try:
+            return self._has_failed or self._name(stage) in self._store.sizes()
+        except PreflightError as error:
+            self._complain(error)
+            return True
+
+    def keep_sometimes(self, stage: StageDir) -> None:
+        """Copy a stage that goes on, if the time has come."""
+        if self.clock() >= self._next_s:
+            self.keep(stage)
+
+    def restore(self) -> str | None:
+        """Write the copies into a run folder that has no manifest; stages that it has are kept.
+
+        Returns:
+            what was restored, as a sentence; None if nothing was.
+
+        Raises:
+            PreflightError: the URL cannot be reached.
+        """
+        if self.run.manifest_path.exists():
+            return None
+        names = self._store.sizes()
+        manifest = self._store.read(MANIFEST) if MANIFEST in names else None
+        if manifest is None:
+            return None
+        restored = [name for name in sorted(names) if name.endswith(SUFFIX) and self._restore_stage(name)]
+        self.run.manifest_path.write_bytes(manifest)
+        return f"continues the run of which {self.url} has {plural(len(restored), 'stage')}"
+
+    def _restore_stage(self, name: str) -> bool:
+        draft = self.run.path / f".restored.{os.getpid()}.tmp"
+        archive, unpacked = draft / name, draft / "unpacked"
+        draft.mkdir()
+        try:
+            self._store.get(name, archive)
+            try:
+                with tarfile.open(archive) as tar:
+                    tar.extractall(unpacked, filter="data")
+                (stage,) = unpacked.glob("*/*")
+            except (tarfile.TarError, OSError, ValueError) as error:
+                self.warn(f"the copy {self.url}/{FOLDER}/{name} is damaged and is not used: {first_line(error)}")
+                return False
+            place = self.run.path / stage.relative_to(unpacked)
+            if place.exists():
+                return False
+            place.parent.mkdir(exist_ok=True)
+            stage.rename(place)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return True
+
+    def _complain(self, error: Exception) -> None:
+        if not self._has_failed:
+            self.warn(f"the run is not copied to {self.url}, and this launch goes on without: {first_line(error)}")
+        self._has_failed = True
+
+    def _name(self, stage: StageDir) -> str:
+        return f"{self._below(stage.path).replace('/', '-')}{SUFFIX}"
+
+    def _below(self, path: Path) -> str:
+        return path.relative_to(self.run.path).as_posix()
+
+
+def _without_unfinished(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Leave out what was set aside as damaged, and what is being written."""
+    name = entry.name.rpartition("/")[2]
+    return None if ".damaged-" in name or name.startswith(".") or name.endswith(".tmp") else entry
