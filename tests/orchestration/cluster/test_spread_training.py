@@ -38,7 +38,7 @@ supernet:
   train: {epochs: 20, batch_size: 30, warmup_epochs: 0.5}
   bootstrapping: {teacher_min_updates: 2}
 space:
-  supernet.options.width: {choice: [1.0, 0.5, 0.75]}
+  supernet.options.width: {choice: [1.0, 0.5, 2.0]}
   gate.target: {uniform: [0.05, 0.9]}
 supernets: {number: 3, sampler: grid, scheduler: none, concurrent: 2}
 measure: {batch_sizes: [1, 8], group_sizes: [1, 8], repeats: 2, warmup: 1}
