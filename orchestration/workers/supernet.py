@@ -257,9 +257,10 @@ def _fit_group(config: dict[str, Any], failures: list[BaseException]) -> None:
     """Run the trainer. Must not run in the main thread, where Ray would replace our handler of
     Ctrl-C."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from orchestration.workers.loopback_group import LoopbackConfig
+    from orchestration.workers.node_group import NodesConfig
 
     job: SupernetJob = config["job"]
     # Every process of Ray Train writes a marker there, on its own machine; nothing is read.
@@ -269,7 +270,7 @@ def _fit_group(config: dict[str, Any], failures: list[BaseException]) -> None:
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config=config,
-        torch_config=LoopbackConfig(folder=str(meeting)) if job.is_local else TorchConfig(),
+        torch_config=LoopbackConfig(folder=str(meeting)) if job.is_local else NodesConfig(),
         scaling_config=ScalingConfig(
             num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": job.threads}
         ),
