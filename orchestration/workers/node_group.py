@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.train.backend import Backend, BackendConfig
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
@@ -37,7 +37,7 @@ class NodesConfig(TorchConfig):
 class NodesBackend(_TorchBackend):
     """Ray's own set-up of the group, after every worker has chosen its interface."""
 
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Join all workers; called again for new ones after the loss of a worker."""
         worker_group.execute(_choose_interface)
         super().on_start(worker_group, backend_config)
