@@ -26,7 +26,7 @@ from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import Formats, export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.mending import mend_run, mend_search
-from orchestration.pipeline.placement import artifacts_url, refuse_what_cannot_fit
+from orchestration.pipeline.placement import artifacts_url, refuse_client, refuse_what_cannot_fit
 from orchestration.pipeline.run_copies import RunCopies
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
 from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, ray_reserve, run_reserve, watched
@@ -327,11 +327,13 @@ def ray_where_needed(
         at_a_time: see `refuse_what_cannot_fit`.
 
     Raises:
-        PreflightError: Ray does not start, a node differs, or something fits on no node.
+        PreflightError: Ray does not start, a node differs, something fits on no node, or a client
+            of a cluster cannot drive a stage.
     """
     if not stages:
         yield
         return
+    refuse_client(config, stages, at_a_time)
     num_bytes = 0 if config.data.stream else prepared.data.images("train").numel()
     needed_mib = int(1.5 * num_bytes / 2**20) + 100  # the object store holds the training images once
     progress.say("starting Ray ...")

@@ -7,8 +7,11 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from dsnet.environment import resolve_device
+from dsnet.errors import PreflightError
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.search import trial_actors
+from orchestration.workers.file_stores import CLIENT_NEEDS_URL
+from orchestration.workers.joining import CLIENT
 from orchestration.workers.nodes import Need, Node, cluster_nodes, most_threads, refuse_without_room
 from orchestration.workers.structure import scorer_need
 from orchestration.workers.supernet import training_need, training_resources
@@ -44,6 +47,32 @@ def refuse_what_cannot_fit(config: SweepConfig, stages: Collection[str], at_a_ti
     nodes = cluster_nodes()
     for need in _needs(config, stages, nodes, at_a_time):
         refuse_without_room(need, nodes)
+
+
+def refuse_client(config: SweepConfig, stages: Collection[str], at_a_time: int | None = None) -> None:
+    """Raise if a stage that will run cannot be driven by a client of a cluster (ray://), which is
+    on none of its nodes; needs no Ray.
+
+    Args:
+        config: configuration of the sweep.
+        stages: names of the stages that will run.
+        at_a_time: see `refuse_what_cannot_fit`.
+
+    Raises:
+        PreflightError: supernets would be scheduled, or the files of a training have no place.
+    """
+    address = config.ray.address
+    if not address.startswith(CLIENT):
+        return
+    # For a client, Ray runs Tune in a task on the head, and would send the scheduler there.
+    if at_a_time is not None and "supernet" in stages:
+        raise PreflightError(
+            f"ray.address: {address} makes this launch a client of the cluster, for which Ray runs the scheduler of several supernets "
+            "on the cluster's head; its decisions are kept in the run folder, which is not there. Launch on a node of the cluster, with "
+            "ray.address: HOST:PORT or auto, or train one supernet per launch"
+        )
+    if config.storage.artifacts is None and not {"structure", "supernet"}.isdisjoint(stages):
+        raise PreflightError(CLIENT_NEEDS_URL)
 
 
 def _needs(

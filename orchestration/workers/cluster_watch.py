@@ -21,6 +21,7 @@ from dsnet.errors import ClusterLostError, StorageError
 from orchestration.runs.processes import ProcessLook, look_at
 from orchestration.workers.cluster_processes import command_name, kill_marked, marked_processes
 from orchestration.workers.guards import AGENTS, Guard, agents_of
+from orchestration.workers.joining import CLIENT
 
 LOOK_EVERY_S = 0.5
 STOPPED_S = 30.0
@@ -87,8 +88,8 @@ class ClusterWatch:
         Args:
             address: the address given to Ray.
         """
-        if address.startswith("ray://"):
-            self.address = _host_and_port(address.removeprefix("ray://"))
+        if address.startswith(CLIENT):
+            self.address = _host_and_port(address.removeprefix(CLIENT))
             return
         from ray._private.worker import _global_node as node
 

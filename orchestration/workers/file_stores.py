@@ -18,6 +18,11 @@ from dsnet.errors import PreflightError
 Result = TypeVar("Result")
 CALL_S = 120.0
 """Seconds that a file may take between a node and the driver's node."""
+CLIENT_NEEDS_URL = (
+    "ray.address: a client of a cluster (ray://) is on none of its nodes, so that workers cannot reach the run folder; set "
+    "storage.artifacts to a URL that this machine and all nodes can read and write, or launch on a node"
+)
+"""The message for a client whose workers have nowhere to send their files."""
 
 
 class FileStore(Protocol):
@@ -169,10 +174,7 @@ class DriverStore:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         if client.is_connected():
-            raise PreflightError(
-                "ray.address: a client of a cluster (ray://) is on none of its nodes, so that workers cannot reach the run folder; "
-                "set storage.artifacts to a URL that this machine and all nodes can read and write, or launch on a node"
-            )
+            raise PreflightError(CLIENT_NEEDS_URL)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         make = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Keeper)
         return cls(make.options(scheduling_strategy=here).remote(folder))

@@ -11,6 +11,8 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 """Environment variables with which Ray finds the token of a cluster."""
 DEFAULT_FILE = Path(".ray", "auth_token")
 """Ray's file of the token, below the home folder."""
+CLIENT = "ray://"
+"""Beginning of an address by which Ray's client joins a cluster."""
 SEE = "see docs/cluster.md"
 
 

@@ -25,7 +25,7 @@ from dsnet.wording import first_line
 from orchestration.environment import prepare_environment
 from orchestration.workers.cluster_processes import MARK, kill_marked, new_mark
 from orchestration.workers.cluster_watch import ClusterWatch, watching
-from orchestration.workers.joining import why_not_joined
+from orchestration.workers.joining import CLIENT, why_not_joined
 from orchestration.workers.ray_folder import facts_for_message, ray_folder, token_variables
 from orchestration.workers.ray_start import START_THREAD, started_in_time
 
@@ -193,7 +193,7 @@ def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str
 
 def _check_reachable(address: str, timeout_s: float = 5.0) -> None:
     """Raise OSError if nothing listens at HOST:PORT; Ray would end the whole process instead."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = address.removeprefix(CLIENT).rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
 

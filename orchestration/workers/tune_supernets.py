@@ -394,12 +394,12 @@ class _TuneRun:
         from orchestration.workers.tune_schedule import MEMBER, FixedList, LossWatch, WhenIdle
 
         is_local = all(member.job.is_local for member in self._pending.values())
-        ledger = self._ledger.path if is_local else DriverStore.start(self._ledger.path.parent)
-        works = {
-            name: MemberWork(member.job, member.key, self._files[name].place, send_start(member.job), ledger)
-            for name, member in self._pending.items()
-        }
         try:
+            ledger = self._ledger.path if is_local else DriverStore.start(self._ledger.path.parent)
+            works = {
+                name: MemberWork(member.job, member.key, self._files[name].place, send_start(member.job), ledger)
+                for name, member in self._pending.items()
+            }
             tune.run(
                 tune.with_parameters(
                     _train_member,

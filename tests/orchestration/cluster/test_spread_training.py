@@ -1,5 +1,5 @@
-"""Trainings that run on two nodes at the same time, in network namespaces that share no disk: their
-weights and results are those of one machine."""
+"""Trainings that run on two nodes at the same time, and a driver that is on no node, in network
+namespaces that do not share the run folder: weights and results are those of one machine."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from tests.orchestration.samples import SWEEP, TINY, WITHOUT_MLFLOW, results_in,
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 GROUP, MEMBER = "RayTrainWorker", "ImplicitFunc"
 """Parts of the process titles of the workers of Ray Train, and of the supernets of Ray Tune."""
+CLIENT_PORT = 10001
+"""Port at which a head waits for clients, by Ray's default."""
 LIMIT_S = 500.0
 TWO_WORKERS = (
     TINY.replace("ray: {trial_actors: 1}\n", "")
@@ -140,3 +142,27 @@ def test_a_sweep_of_supernets_trains_on_two_nodes_and_gives_the_results_of_one_m
         assert weights(own) == weights(other.supernets[name]), name
         assert study_of(own) == study_of(other.supernets[name]) != [], name
     assert len({weights(own) for own in one.supernets.values()}) == 3
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(1100)
+@pytest.mark.usefixtures("home")
+def test_a_client_of_a_cluster_launches_to_the_end_with_the_results_of_one_machine(tmp_path: Path) -> None:
+    alone, desk, store, logs = (tmp_path / name for name in ("alone", "desk", "store", "logs"))
+    for folder in (alone, desk):
+        write_sweep(folder, TWO_WORKERS)
+    logs.mkdir()
+    threads = ("--set", "supernet.threads=1")
+    answer_of(launch(alone, *threads, "--set", "ray.num_cpus=1"))
+    with machines(3, TOKEN, hidden=desk) as (driver, head, node):
+        head.start(0, head=None, log=logs / "head")
+        node.start(1, head=head, log=logs / "node")
+        address = ("--set", f"ray.address=ray://{head.address}:{CLIENT_PORT}")
+        kept = ("--set", f"storage.artifacts={store.as_uri()}")
+        answer = answer_of(launch(desk, *threads, *address, *kept, program=(*driver.within(), *PROGRAM)))
+    assert "1 node with 1 CPU and no GPU" in answer.err
+    one, other = results_in(alone), results_in(desk)
+    assert weights(one) == weights(other)
+    assert study_of(one) == study_of(other) != []
+    assert any(store.glob("tiny/supernet/*/epoch-*.safetensors")), "checkpoints stay at the URL"

@@ -10,11 +10,15 @@ import pytest
 from dsnet.errors import PreflightError
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline import placement
-from orchestration.pipeline.placement import artifacts_url, refuse_what_cannot_fit, training_threads
+from orchestration.pipeline.placement import artifacts_url, refuse_client, refuse_what_cannot_fit, training_threads
 from orchestration.workers.nodes import Node
+from tests.orchestration.samples import SWEEP, TINY, call, problems_of_message, write_sweep
 
 TWO = (Node("a", {"CPU": 1.0}), Node("b", {"CPU": 1.0}))
 ALL = ("structure", "supernet", "search")
+NOBODY = "ray://192.0.2.1:10001"
+"""A client's address at which nobody answers (RFC 5737)."""
+SPACE = "space: {supernet.options.width: {choice: [1.0, 0.5]}, gate.target: 0.5}\nsupernets: {number: 2, sampler: grid, scheduler: none}\n"
 
 
 def config(**sections: Any) -> SweepConfig:
@@ -68,3 +72,36 @@ def test_the_files_of_a_training_lie_below_the_url_as_below_the_runs_folder(tmp_
     assert artifacts_url(without, folder) is None
     with_url = config(storage={"runs": str(tmp_path / "runs"), "artifacts": "s3://bucket/below/"})
     assert artifacts_url(with_url, folder) == "s3://bucket/below/n/supernet/abc"
+
+
+def test_a_client_needs_a_place_for_the_files_of_a_training_and_cannot_schedule_supernets() -> None:
+    for ray in ({}, {"address": "auto"}, {"address": "10.0.0.1:6379"}):
+        refuse_client(config(ray=ray), ALL, at_a_time=2)
+    client, url = {"address": NOBODY}, {"artifacts": "s3://bucket/below"}
+    for stage in ("structure", "supernet"):
+        with pytest.raises(PreflightError, match=r"client of a cluster \(ray://\).*set storage\.artifacts to a URL"):
+            refuse_client(config(ray=client), [stage])
+    refuse_client(config(ray=client), ["search"])
+    refuse_client(config(ray=client, storage=url), ALL)
+    with pytest.raises(PreflightError, match=r"client of the cluster.*Launch on a node of the cluster"):
+        refuse_client(config(ray=client, storage=url), ALL, at_a_time=1)
+    refuse_client(config(ray=client, storage=url), ["search"], at_a_time=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (TINY, ["set storage.artifacts to a URL that this machine and all nodes can read and write"]),
+        (
+            f"{TINY}storage: {{artifacts: s3://bucket/below}}\n{SPACE}",
+            [NOBODY, "runs the scheduler of several supernets", "with ray.address: HOST:PORT or auto"],
+        ),
+    ],
+    ids=["no place for files", "several supernets"],
+)
+def test_a_client_is_refused_before_the_cluster_is_joined(tmp_path: Path, text: str, said: list[str]) -> None:
+    write_sweep(tmp_path, text.replace("ray: {trial_actors: 1}", f"ray: {{address: '{NOBODY}'}}"))
+    answer = call(tmp_path, "launch", SWEEP, "--set", "tracking.mlflow=false")
+    assert answer.code == 3, answer.err
+    assert problems_of_message(answer, said) == []
+    assert "starting Ray" not in answer.err
