@@ -39,6 +39,7 @@ class NodesBackend(_TorchBackend):
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Join all workers; called again for new ones after the loss of a worker."""
+        assert isinstance(backend_config, TorchConfig)
         worker_group.execute(_choose_interface)
         super().on_start(worker_group, backend_config)
 

@@ -37,9 +37,10 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.stored.names import FINAL
 from dsnet.training.supernet import recalibration_batches
 from orchestration.config.schedulers import check_scheduler
+from orchestration.workers import tune_supernets
 from orchestration.workers.life import Pulse
 from orchestration.workers.schedulers import make_scheduler
-from orchestration.workers.supernet import STOP_GRACE_S, _train_loop, root_cause, train_on_ray
+from orchestration.workers.supernet import STOP_GRACE_S, SupernetJob, _train_loop, root_cause, train_on_ray
 from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules
 from orchestration.workers.tune_schedule import Member, ReplayingScheduler
 from orchestration.workers.tune_supernets import (
@@ -579,3 +580,15 @@ def test_a_machine_without_memory_is_told_from_a_gpu_without_memory() -> None:
     assert "the machine ran out of memory" in root_cause(outer)
     assert "documentation" not in root_cause(outer)
     assert root_cause(torch.OutOfMemoryError("CUDA out of memory")) == "OutOfMemoryError: CUDA out of memory"
+
+
+@pytest.mark.ray
+def test_an_error_before_tune_begins_is_told(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(job: SupernetJob) -> None:
+        raise CheckpointError(f"the start weights of {job.folder.name} are damaged")
+
+    monkeypatch.setattr(tune_supernets, "send_start", refuse)
+    with pytest.raises(CheckpointError, match="the start weights of first are damaged"):
+        Sweep(tmp_path).launch()
