@@ -47,6 +47,9 @@ from tests.dsnet.samples import (
 )
 
 BATCH, STEPS_PER_EPOCH = 8, 5
+ROUNDED = ("ds_vit",)
+"""Families whose matrix products of sliced weights some processors (AMD) round differently than
+those of contiguous ones, in the last bit."""
 
 
 def single(family: str, norm: str | None = None, *, with_twin: bool = False) -> Supernet:
@@ -83,6 +86,13 @@ def plain_step(
     return torch.stack(losses).mean()
 
 
+def assert_same(net: Supernet, ours: Tensor, plain: Tensor, name: str) -> None:
+    if net.spec.family in ROUNDED:
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}")
+    else:
+        assert torch.equal(ours, plain), name
+
+
 def assert_trains_as_the_plain_network(net: Supernet, regime: RegimeName, train: Mapping[str, Any]) -> None:
     member = net.subnets[0]
     run = settings_of(regime, train)
@@ -95,12 +105,12 @@ def assert_trains_as_the_plain_network(net: Supernet, regime: RegimeName, train:
         batch = random_images(BATCH, seed=step), random_labels(BATCH, seed=step)
         losses = session.update(*batch, session.plan(session.draw(generator)), SingleWorker())
         assert list(losses) == [net.subnets.largest.name]
-        assert torch.equal(*losses.values(), plain_step(plain, optimizer, batch, step, run.train))
+        assert_same(net, *losses.values(), plain_step(plain, optimizer, batch, step, run.train), "loss")
     trained = materialize(net, member).state_dict()
     is_recalibrated = net.spec.norm == "recalibrate"
     for name, value in plain.state_dict().items():
         if not (is_recalibrated and ("running_" in name or "num_batches" in name)):
-            assert torch.equal(trained[name], value), name
+            assert_same(net, trained[name], value, name)
     if is_recalibrated:  # training leaves the statistics alone
         assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
 
@@ -108,7 +118,7 @@ def assert_trains_as_the_plain_network(net: Supernet, regime: RegimeName, train:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_a_single_member_trains_as_the_plain_network_to_the_bit(family: str, regime: RegimeName) -> None:
+def test_a_single_member_trains_as_the_plain_network(family: str, regime: RegimeName) -> None:
     assert_trains_as_the_plain_network(without_dropout(single(family, REGIMES[regime].norm)), regime, {})
 
 
