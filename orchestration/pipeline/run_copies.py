@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsnet.errors import DsnetError, PreflightError
+from dsnet.files import atomic_write_bytes
 from dsnet.wording import first_line, plural
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StageDir
@@ -93,7 +94,7 @@ class RunCopies:
         if manifest is None:
             return None
         restored = [name for name in sorted(names) if name.endswith(SUFFIX) and self._restore_stage(name)]
-        self.run.manifest_path.write_bytes(manifest)
+        atomic_write_bytes(self.run.manifest_path, manifest)
         return f"continues the run of which {self.url} has {plural(len(restored), 'stage')}"
 
     def _restore_stage(self, name: str) -> bool:
