@@ -314,7 +314,7 @@ def _compared(parts: Sequence[PartResults]) -> str:
 
 
 def _timed(parts: Sequence[PartResults]) -> str:
-    """What ran the timed networks of each part."""
+    """The engine in which the networks of each part were timed."""
     found = [
         f"{part.name} {part.times['engine']}, batch {part.timed_batch}, {plural(part.times['threads'], 'thread')}"
         for part in parts

@@ -156,7 +156,7 @@ class Part:
     train: TrainSettings
     recalibration_images: int | None = None
     engine: str = "onnxruntime"
-    """What runs the timed networks on the CPU."""
+    """The engine in which networks are timed on the CPU."""
     timed_batch: int = 1
     rounds: int = 200
     """Rounds of the times."""
@@ -585,7 +585,7 @@ class CellRunner:
 
     @property
     def _engine(self) -> str:
-        """What runs timed networks: the part's engine on the CPU, else torch."""
+        """The engine in which networks are timed: that of the part on the CPU, else torch."""
         return self.part.engine if self.device.type == "cpu" else TORCH
 
     def _opened(self, supernet: Supernet) -> list[Callable[[Tensor], object]]:

@@ -138,7 +138,7 @@ def _checked_gates(gates: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Share:
-    """What a sub-network has of the groups after one gate."""
+    """Share of the channels, and size of the kernels, of a sub-network after one gate."""
 
     ratio: float
     """Share of the channels of every group."""

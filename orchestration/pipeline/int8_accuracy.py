@@ -1,5 +1,5 @@
-"""What a bundle in int8 is worth: its accuracy, measured with routing tables of its int8 graphs,
-beside the controls in int8, and its time."""
+"""The measurement of a bundle in int8: its accuracy, with routing tables of its int8 graphs, beside
+the controls in int8, and its time."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def time_precisions(
 
 
 def latency_sentences(timed: Mapping[str, Any], point: str) -> list[str]:
-    """What was measured of a point, a sentence for each batch size.
+    """The measured times of a point, a sentence for each batch size.
 
     Args:
         timed: result of `time_precisions`.

@@ -33,7 +33,7 @@ and its numbers."""
 _STOP_S = 2.0
 """How long replicas may take to finish what they have begun."""
 _END_S = 6.0
-"""How long Ray Serve may take to end them."""
+"""Seconds that Ray Serve may take to end the replicas."""
 _MAX_ATTEMPTS = 3
 """How often a replica is started that fails at its start."""
 

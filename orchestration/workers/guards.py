@@ -22,8 +22,8 @@ AGENTS = {
     "its dashboard agent": ("DashboardAgent", "dashboard/agent.py"),
     "its agent for runtime environments": ("RuntimeEnvAgent", "runtime_env/agent/main.py"),
 }
-"""What a person calls the agents, and parts of their command lines: the titles that they give
-themselves, and the scripts that run until then."""
+"""Name of each agent in messages, and parts of its command line: the process title that it sets,
+and the path of its script, which is there before."""
 END_S = 2.0
 
 

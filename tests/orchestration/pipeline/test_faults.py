@@ -15,6 +15,7 @@ from dsnet.files import file_sha256
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from orchestration.supernets.results import SupernetSweepResults, results_at
+from orchestration.workers.cluster_processes import command_line
 from orchestration.workers.guards import agents_of
 from tests.orchestration.pipeline.test_resume import num_trials
 from tests.orchestration.pipeline.test_structure import sweep_text
@@ -42,18 +43,11 @@ def process_of(command: Command, part: str) -> int:
     found: list[int] = []
 
     def is_there() -> bool:
-        found[:] = [pid for pid in command.pids() if part in _command_line(pid)]
+        found[:] = [pid for pid in command.pids() if part in command_line(pid)]
         return bool(found)
 
     command.wait_for(is_there)
     return found[0]
-
-
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
-    except OSError:
-        return ""
 
 
 def assert_one_message(answer: Answer, *parts: str) -> None:
