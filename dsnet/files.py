@@ -314,6 +314,32 @@ def replacing(path: Path) -> Iterator[Path]:
             _discard(temporary)
 
 
+def replace_link(path: Path, target: Path) -> bool:
+    """Replace `path`, which is a symbolic link or missing, by one to `target`.
+
+    Returns:
+        whether the file system has symbolic links; without them nothing is changed.
+
+    Raises:
+        StorageError: as `atomic_write_bytes`.
+    """
+    temporary = _draft(path)
+    with writing(path):
+        try:
+            os.symlink(target, temporary)
+        except OSError:  # also the answer of file systems without links, by several error numbers
+            atomic_write_bytes(temporary, b"")  # a disk that fails does not take a file either
+            _discard(temporary)
+            return False
+        try:
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            _discard(temporary)
+            raise
+    return True
+
+
 def _discard(temporary: Path) -> None:
     """Remove a temporary file. What keeps it from being removed has been reported by then: the
     folder is gone or became read-only."""

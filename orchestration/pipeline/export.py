@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints
 from dsnet.deploy.precisions import graphs_folder
 from dsnet.dotted import nest
 from dsnet.errors import CheckpointError, DsnetError, NotFoundError, StorageError, VerificationError
+from dsnet.files import replace_link, writing
 from dsnet.routers.base import Router
 from dsnet.routers.fixed import FixedRouter
 from dsnet.routing.routing_table import RoutingTable
@@ -94,17 +95,20 @@ def link_knee(folder: Path, bundle: Path) -> None:
     """Make `folder`/knee a relative link to a bundle below `folder`; remove the link if there is no
     such bundle.
 
-    A file or folder of that name is left unchanged.
+    A file or folder of that name is left unchanged. On a file system without links the bundle has
+    its own name only.
+
+    Raises:
+        StorageError: The disk is full or the folder cannot be written.
     """
-    link, new = folder / KNEE, folder / f".{KNEE}.{os.getpid()}"
+    link = folder / KNEE
     if link.exists() and not link.is_symlink():
         return
-    if not bundle.is_dir():
-        link.unlink(missing_ok=True)
+    if bundle.is_dir():
+        replace_link(link, bundle.relative_to(folder))
         return
-    with suppress(OSError):  # a file system without links: the bundle has its own name
-        new.symlink_to(bundle.relative_to(folder))
-        new.replace(link)
+    with writing(link):
+        link.unlink(missing_ok=True)
 
 
 def export_bundles(

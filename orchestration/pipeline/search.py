@@ -323,7 +323,7 @@ class ProgressFiles:
         self.forget(slot)
         if arrays:
             data = _safetensors(arrays)
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             atomic_write_bytes(
                 self._folder / f"slot-{slot:05d}-{rung}-{hashlib.sha256(data).hexdigest()}.safetensors", data
             )
@@ -424,7 +424,7 @@ def save_gate(path: Path, arrays: Mapping[str, NDArray[Any]]) -> str | None:
     if not arrays:
         return None
     data = _safetensors(arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     atomic_write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 

@@ -587,7 +587,7 @@ def write_splits(path: Path, splits: Splits) -> None:
     """Write the splits; a file with other content is replaced (the stages' keys distinguish
     them)."""
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     text = json.dumps(splits.to_json()) + "\n"
     if not path.is_file() or path.read_bytes() != text.encode():
         atomic_write_text(path, text)

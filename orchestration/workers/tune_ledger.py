@@ -117,7 +117,7 @@ class Ledger:
         """
         line = (json.dumps(sealed({"event": type(event).__name__.lower(), **vars(event)})) + "\n").encode()
         with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(exist_ok=True)
         append_bytes(self.path, line, after=self._num_whole_bytes)  # a kill may have torn the last line
         self._num_whole_bytes += len(line)
         self._events.append(event)

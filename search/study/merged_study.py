@@ -98,7 +98,7 @@ class MergedStudy:
             StorageError: it cannot be written.
         """
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             if journal_state(path).damage is not None:  # all of it is derived again
                 path.unlink(missing_ok=True)
             if not path.exists():

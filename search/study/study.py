@@ -222,7 +222,7 @@ class StudyJournal:
         """
         checked_lines(path)
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             repair_journal(path)
             with _reading(path):
                 storage = JournalStorage(JournalFileBackend(str(path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsnet.errors import CheckpointError
+from dsnet.errors import CheckpointError, StorageError
 from dsnet.files import (
     file_sha256,
     known_sha256,
@@ -23,9 +24,11 @@ from dsnet.files import (
     read_sealed,
     read_stored,
     remove_drafts,
+    replace_link,
     set_aside,
     write_sealed,
 )
+from tests.full_disk import FullDisk
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -187,3 +190,26 @@ def test_a_writer_that_is_killed_leaves_a_draft_that_is_removed(tmp_path: Path) 
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "points.parquet")], check=False)
     (left,) = tmp_path.iterdir()
     assert remove_drafts(tmp_path) == [left]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS])
+def test_a_link_is_left_out_on_a_file_system_without_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(target: Any, path: Any) -> None:
+        raise OSError(code, os.strerror(code), os.fspath(path))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    assert not replace_link(tmp_path / "link", Path("somewhere"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_a_link_on_a_disk_that_is_full_is_an_error_and_the_old_one_stays(tmp_path: Path, num_good: int) -> None:
+    assert replace_link(tmp_path / "link", Path("old"))
+    with FullDisk(tmp_path, num_good).installed(), pytest.raises(StorageError, match="the disk is full"):
+        replace_link(tmp_path / "link", Path("new"))
+    assert os.readlink(tmp_path / "link") == "old"
+    assert os.listdir(tmp_path) == ["link"]
+    assert replace_link(tmp_path / "link", Path("new"))
+    assert os.readlink(tmp_path / "link") == "new"

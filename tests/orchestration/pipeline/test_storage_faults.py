@@ -121,10 +121,10 @@ class Deletes(FullDisk):
         counted = super()._instead_of(name, lambda *arguments, **options: None)
 
         def act(*arguments: Any, **options: Any) -> Any:
-            try:
-                counted(*arguments, **options)
-            except OSError:
-                if len(self.failed) == 1:
+            if not self.failed:
+                try:
+                    counted(*arguments, **options)
+                except OSError:
                     shutil.rmtree(Path(self._folder) / "tiny")
             return real(*arguments, **options)
 
