@@ -65,17 +65,22 @@ class Launch:
             folder = run_stage(self.run, plan, work)
         except StoppedError:
             if self.copies is not None and plan.name == "search":
-                self.copies.keep(plan.folder)
+                self.copies.keep(plan.folder.path)
             raise
-        if self.copies is not None and not (plan.is_done and self.copies.has(folder)):
-            self.copies.keep(folder)
+        self.keep(plan)
         self.results.refresh()
         return folder
+
+    def keep(self, plan: StagePlan) -> None:
+        """Copy a finished stage, if copies are wanted and an earlier launch has not made this
+        one."""
+        if self.copies is not None and not (plan.is_done and self.copies.has(plan.folder.path)):
+            self.copies.keep(plan.folder.path)
 
     def keep_search(self, folder: StageDir) -> None:
         """Copy a search that goes on, now and then, if copies are wanted."""
         if self.copies is not None:
-            self.copies.keep_sometimes(folder)
+            self.copies.keep_sometimes(folder.path)
 
     def stall_rules(self, stage: str) -> StallRules:
         """Rules for stalled workers of a stage, whose messages begin with its name."""

@@ -147,16 +147,23 @@ def clear_drafts(run: RunDir, config: SweepConfig) -> None:
     remove_drafts(run.path, 0.0 if config.ray.address == LOCAL else OLD_DRAFT_S)
 
 
-def run_copies(config: SweepConfig, run: RunDir, progress: ProgressView) -> RunCopies | None:
+def run_copies(config: SweepConfig, run: RunDir, progress: ProgressView, told: str = "stage") -> RunCopies | None:
     """The copies of a run at `storage.artifacts`, from which a run folder that is new is restored;
-    None without that setting."""
+    None without that setting.
+
+    Args:
+        config: configuration of the run, or of the sweep of supernets that it belongs to.
+        run: a run whose lock is held.
+        progress: is told what was restored.
+        told: what each copy is called there.
+    """
     url = artifacts_url(config, run.path)
     if url is None:
         return None
     copies = RunCopies(run, url, progress.warn)
     restored = copies.restore()
     if restored is not None:
-        progress.say(restored)
+        progress.say(f"continues the run of which {url} has {plural(restored, told)}")
     return copies
 
 

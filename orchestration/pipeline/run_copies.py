@@ -2,8 +2,9 @@
 continues.
 
 Each stage is one archive, because a search has a file for every gate; the manifest lies beside
-them. What is restored is checked like every other file of a run: each output has its SHA-256 in
-the stage's marker.
+them. In a sweep of supernets each supernet has its own copies, and the sweep itself those of its
+manifest and of the ledger with the decisions of its scheduler. What is restored is checked like
+every other file of a run: each output has its SHA-256 in the stage's marker.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from pathlib import Path
 
 from dsnet.errors import DsnetError, PreflightError
 from dsnet.files import atomic_write_bytes
-from dsnet.wording import first_line, plural
+from dsnet.wording import first_line
 from orchestration.runs.folder import RunDir
-from orchestration.runs.stages import StageDir
 from orchestration.workers.file_stores import UrlStore
 
 FOLDER = "finished"
@@ -50,39 +50,47 @@ class RunCopies:
         self._store = UrlStore(f"{self.url}/{FOLDER}")
         self._next_s = self.clock() + EVERY_S
 
-    def keep(self, stage: StageDir) -> None:
-        """Copy a stage and the manifest; a copy that fails is a warning, because the run folder has
-        all of it."""
+    def keep(self, folder: Path) -> None:
+        """Copy the folder of a stage, or another one two levels below the run's, and the manifest;
+        a copy that fails is a warning, because the run folder has all of it."""
         started_s = self.clock()
         try:
             with tempfile.TemporaryDirectory(prefix="dsnet-copy-") as name:
-                archive = Path(name) / "stage.tar"
+                archive = Path(name) / "folder.tar"
                 with tarfile.open(archive, "w") as tar:
-                    tar.add(stage.path, self._below(stage.path), filter=_without_unfinished)
-                self._store.put(self._name(stage), archive)
+                    tar.add(folder, self._below(folder), filter=_without_unfinished)
+                self._store.put(self._name(folder), archive)
+        except (DsnetError, OSError) as error:
+            self._complain(error)
+        self.keep_manifest()
+        self._next_s = self.clock() + max(EVERY_S, (self.clock() - started_s) / SHARE)
+
+    def keep_manifest(self) -> None:
+        """Copy the manifest; a copy that fails is a warning."""
+        try:
             self._store.write(MANIFEST, self.run.manifest_path.read_bytes())
         except (DsnetError, OSError) as error:
             self._complain(error)
-        self._next_s = self.clock() + max(EVERY_S, (self.clock() - started_s) / SHARE)
 
-    def has(self, stage: StageDir) -> bool:
-        """Whether there is a copy of a stage; also if that cannot be found out, which was said."""
+    def has(self, folder: Path) -> bool:
+        """Whether there is a copy of a folder; also if that cannot be found out, which was said."""
         try:
-            return self._has_failed or self._name(stage) in self._store.sizes()
+            return self._has_failed or self._name(folder) in self._store.sizes()
         except PreflightError as error:
             self._complain(error)
             return True
 
-    def keep_sometimes(self, stage: StageDir) -> None:
-        """Copy a stage that goes on, if the time has come."""
+    def keep_sometimes(self, folder: Path) -> None:
+        """Copy the folder of a stage that goes on, if the time has come."""
         if self.clock() >= self._next_s:
-            self.keep(stage)
+            self.keep(folder)
 
-    def restore(self) -> str | None:
-        """Write the copies into a run folder that has no manifest; stages that it has are kept.
+    def restore(self) -> int | None:
+        """Write the copies into a run folder that has no manifest; folders that it has are kept.
 
         Returns:
-            what was restored, as a sentence; None if nothing was.
+            the number of folders that were restored; None if there is no copy, or the run folder
+            has a manifest.
 
         Raises:
             PreflightError: the URL cannot be reached.
@@ -93,11 +101,11 @@ class RunCopies:
         manifest = self._store.read(MANIFEST) if MANIFEST in names else None
         if manifest is None:
             return None
-        restored = [name for name in sorted(names) if name.endswith(SUFFIX) and self._restore_stage(name)]
+        restored = [name for name in sorted(names) if name.endswith(SUFFIX) and self._restore_folder(name)]
         atomic_write_bytes(self.run.manifest_path, manifest)
-        return f"continues the run of which {self.url} has {plural(len(restored), 'stage')}"
+        return len(restored)
 
-    def _restore_stage(self, name: str) -> bool:
+    def _restore_folder(self, name: str) -> bool:
         draft = self.run.path / f".restored.{os.getpid()}.tmp"
         archive, unpacked = draft / name, draft / "unpacked"
         draft.mkdir()
@@ -106,15 +114,15 @@ class RunCopies:
             try:
                 with tarfile.open(archive) as tar:
                     tar.extractall(unpacked, filter="data")
-                (stage,) = unpacked.glob("*/*")
+                (folder,) = unpacked.glob("*/*")
             except (tarfile.TarError, OSError, ValueError) as error:
                 self.warn(f"the copy {self.url}/{FOLDER}/{name} is damaged and is not used: {first_line(error)}")
                 return False
-            place = self.run.path / stage.relative_to(unpacked)
+            place = self.run.path / folder.relative_to(unpacked)
             if place.exists():
                 return False
             place.parent.mkdir(exist_ok=True)
-            stage.rename(place)
+            folder.rename(place)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return True
@@ -124,8 +132,8 @@ class RunCopies:
             self.warn(f"the run is not copied to {self.url}, and this launch goes on without: {first_line(error)}")
         self._has_failed = True
 
-    def _name(self, stage: StageDir) -> str:
-        return f"{self._below(stage.path).replace('/', '-')}{SUFFIX}"
+    def _name(self, folder: Path) -> str:
+        return f"{self._below(folder).replace('/', '-')}{SUFFIX}"
 
     def _below(self, path: Path) -> str:
         return path.relative_to(self.run.path).as_posix()

@@ -46,6 +46,7 @@ from orchestration.pipeline.launch import (
     closing_tracker,
     launch,
     ray_where_needed,
+    run_copies,
     stage_plans,
     supersede_others,
     write_facts,
@@ -53,6 +54,7 @@ from orchestration.pipeline.launch import (
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.placement import artifacts_url, training_threads
+from orchestration.pipeline.run_copies import RunCopies
 from orchestration.pipeline.search import needs_workers, refuse_impossible_layout, search_stage
 from orchestration.pipeline.storage_watch import StorageWatch, check_reserve, run_reserve, watched
 from orchestration.pipeline.structure import structure_stage
@@ -99,8 +101,14 @@ from orchestration.workers.nodes import cluster_nodes
 from orchestration.workers.runtime import LOCAL
 from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.training_watch import StallRules
-from orchestration.workers.tune_ledger import MemberFate, TuneRules
-from orchestration.workers.tune_supernets import SweepCallbacks, TuneMember, ValImages, stored_fates, train_members
+from orchestration.workers.tune_ledger import MemberFate, TuneRules, ledger_folder
+from orchestration.workers.tune_supernets import (
+    SweepCallbacks,
+    TuneMember,
+    ValImages,
+    stored_fates,
+    train_members,
+)
 from search.front.points import trial_name
 from search.front.points_file import save_points
 from search.study.study import TrialRecord
@@ -296,6 +304,8 @@ class _SupernetsLaunch:
     storage: StorageWatch
     records: _MemberRecords
     study: SupernetStudy
+    copies: RunCopies | None
+    """The copies of what the sweep has beside its members; None without `storage.artifacts`."""
 
     @classmethod
     def begin(
@@ -310,6 +320,7 @@ class _SupernetsLaunch:
     ) -> _SupernetsLaunch:
         """Write the run's own files and open the outputs of the launch; `stack` closes them."""
         run = watch.run
+        copies = run_copies(config, run, progress, "ledger")
         usable = {member.name: _in_one_experiment(member, config) for member in members if member.prepared is not None}
         first = next(iter(usable.values())).prepared
         assert first is not None
@@ -325,6 +336,8 @@ class _SupernetsLaunch:
         parent = sweep_row(manifest.read(), run, config)
         tracker.parent(parent)
         tracker.datasets(data_rows(manifest.read()))
+        own_progress = {name: _PrefixedProgress(progress, member.label) for name, member in usable.items()}
+        own_copies = {name: run_copies(config, member.run, own_progress[name]) for name, member in usable.items()}
         manifests = {name: write_facts(_prepared(member), member.run, progress.warn) for name, member in usable.items()}
         opened = {name: RunResults(member.run, member.config) for name, member in usable.items()}
         results = SupernetSweepResults(run, opened)
@@ -332,25 +345,27 @@ class _SupernetsLaunch:
         launches = {}
         for name, member in usable.items():
             own = manifests[name]
-            own_progress = _PrefixedProgress(progress, member.label)
             work = Launch(
                 _prepared(member),
                 opened[name],
                 own,
-                trackers.make(missing.warned(own_progress.warn)),
-                own_progress,
+                trackers.make(missing.warned(own_progress[name].warn)),
+                own_progress[name],
                 request,
                 watch,
                 on_record=_shown_in(study, name),
+                copies=own_copies[name],
             )
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
             work.tracker.datasets(data_rows(own.read()))
-            stack.enter_context(closing_tracker(member.run, work.tracker, missing, own_progress, _end_of(own)))
+            stack.enter_context(closing_tracker(member.run, work.tracker, missing, own_progress[name], _end_of(own)))
             launches[name] = work
         if config.tracking.mlflow:
             opened_trackers = {"": tracker} | {name: work.tracker for name, work in launches.items()}
             missing.repeat(lambda: _replay_all(results, opened_trackers, trackers, missing, progress), progress)
-        return cls(config, results, usable, launches, manifest, tracker, progress, request, watch, records, study)
+        return cls(
+            config, results, usable, launches, manifest, tracker, progress, request, watch, records, study, copies
+        )
 
     @property
     def run(self) -> RunDir:
@@ -373,6 +388,7 @@ class _SupernetsLaunch:
             for name in [] if is_idle else trained:
                 self._sweep_gates(name)
         if is_idle:
+            self._complete_copies(trained, plans)
             self.progress.say("all supernets, all trials and the front are done; nothing is left to do")
         self.results.refresh()
         self.study.add_missing(self.results)
@@ -497,6 +513,7 @@ class _SupernetsLaunch:
                         on_report=training.on_report,
                         on_points=training.on_points,
                         on_counted=training.on_counted,
+                        on_stored=self._copy_reports,
                         on_fate=training.on_fate,
                         should_stop=self.stop,
                         stalls=StallRules(tell=lambda text: self.progress.warn(f"supernets: the worker of {text}")),
@@ -511,6 +528,19 @@ class _SupernetsLaunch:
             reasons = "; ".join(f"{self.records[fate.name].label}: {fate.reason}" for fate in fates)
             raise NothingFeasibleError(f"no supernet completed its training; {reasons}")
         return trained
+
+    def _copy_reports(self, folder: Path) -> None:
+        if self.copies is not None:
+            self.copies.keep(folder)
+
+    def _complete_copies(self, trained: Sequence[str], plans: Mapping[str, Mapping[str, StagePlan]]) -> None:
+        """Copy what earlier launches have done, where they were told of no `storage.artifacts`."""
+        for name in trained:
+            for plan in plans[name].values():
+                self.launches[name].keep(plan)
+        ledger = ledger_folder(self.run.tune_dir, tune_rules(self.config))
+        if self.copies is not None and ledger.is_dir() and not self.copies.has(ledger):
+            self.copies.keep(ledger)
 
     def _sweep_gates(self, name: str) -> None:
         """Measure a trained supernet, build its routing tables, and search its gates."""
@@ -577,6 +607,8 @@ class _SupernetsLaunch:
             plans = stage_plans(work)
             supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
             verify_stage(work, plans, supernet)
+        if self.copies is not None:
+            self.copies.keep_manifest()  # it counts the readings of test
 
     def _finish(self) -> LaunchResult:
         """Write points, reports, bundles and MLflow rows, all derived from the results of the
@@ -653,6 +685,10 @@ class _TrainingListener:
         entry = replace(sweep.records[fate.name], state=fate.state, reason=fate.reason, reports=fate.reports)
         entry = _with_times(entry, work)
         sweep.records.update(entry)
+        if fate.state == "trained":
+            work.keep(plan)
+        elif work.copies is not None:
+            work.copies.keep_manifest()  # with the time of the training
         self._track(entry, work)
         if is_new:
             self._tell(entry, work)

@@ -82,6 +82,11 @@ class End:
     launch tries again."""
 
 
+def ledger_folder(folder: Path, rules: TuneRules) -> Path:
+    """Folder of the ledger of some rules, below the folder of all ledgers of a sweep."""
+    return folder / rules.digest()
+
+
 class Ledger:
     """The events of a sweep in their order; each is on disk before it takes effect."""
 
@@ -94,7 +99,7 @@ class Ledger:
     @classmethod
     def of(cls, folder: Path, rules: TuneRules) -> Ledger:
         """The ledger of these rules; other rules have their own beside it."""
-        return cls(folder / rules.digest() / LEDGER_FILE)
+        return cls(ledger_folder(folder, rules) / LEDGER_FILE)
 
     def events(self) -> Iterator[Report | End]:
         """All events, oldest first."""

@@ -192,14 +192,17 @@ def measurable(supernet: Supernet, run: SupernetRun, data: TrainingImages) -> Su
 
 @dataclass(frozen=True, kw_only=True)
 class SweepCallbacks:
-    """Functions that a training of several supernets calls, all in its caller's thread; by default
-    it runs to its end and reports nothing."""
+    """Functions that a training of several supernets calls, in its caller's thread where they do
+    not say otherwise; by default it runs to its end and reports nothing."""
 
     on_report: Callable[[str, int, float], None] = lambda name, epoch, value: None
     """Called with (member, epoch, value) for each report of this call."""
     on_points: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
     on_counted: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
     """Called with (member, new points of its loss curves)."""
+    on_stored: Callable[[Path], None] = lambda folder: None
+    """Called with the folder of the ledger when an event was stored there, before it takes effect;
+    in another thread than the other functions."""
     on_fate: Callable[[MemberFate], None] = lambda fate: None
     """Called with a member's outcome as soon as its training has ended in this call."""
     should_stop: Callable[[], bool] = lambda: False
@@ -318,7 +321,7 @@ class _TuneRun:
             max(member.job.threads for member in pending),
             "cuda" if any(member.job.device == "cuda" for member in pending) else "cpu",
         )
-        self._tune_folder = ledger.path.parent / "tune"
+        self._tune_folder = ledger.path.parent / ".tune"
         self._asked_to_stop = threading.Event()
         self._fault: StorageError | None = None
         self._pulses = {member.name: Pulse.new(callbacks.stalls.beat_s) for member in pending}
@@ -377,8 +380,12 @@ class _TuneRun:
             self._rules,
             is_stopping=self._is_stopping,
             outcome_of=self._outcome_of,
-            hear=lambda name, event: self._heard.put((name, event)),
+            hear=self._hear,
         )
+
+    def _hear(self, name: str, event: Report | End) -> None:
+        self._callbacks.on_stored(self._ledger.path.parent)
+        self._heard.put((name, event))
 
     def _outcome_of(self, name: str) -> Outcome | None:
         self._files[name].fetch(everything=True)

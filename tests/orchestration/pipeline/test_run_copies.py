@@ -11,7 +11,6 @@ import pytest
 from orchestration.pipeline.run_copies import EVERY_S, RunCopies
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
-from orchestration.runs.stages import StageDir
 from tests.orchestration.samples import SWEEP, WITHOUT_MLFLOW, Finished, call, study_of
 
 
@@ -59,7 +58,7 @@ def copies_of(runs: Path, url: str, warnings: list[str], clock: Clock | None = N
     return RunCopies(run, url, warnings.append, clock or Clock())
 
 
-def stage_in(copies: RunCopies, content: str = "1") -> StageDir:
+def stage_in(copies: RunCopies, content: str = "1") -> Path:
     """A stage with a file, and a manifest."""
     folder = copies.run.path / "search" / "abc"
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +66,7 @@ def stage_in(copies: RunCopies, content: str = "1") -> StageDir:
     (folder / ".draft.1.tmp").write_text("unfinished")
     (folder / "study.journal.damaged-1").write_text("damaged")
     copies.run.manifest_path.write_text(json.dumps({"seed": 1}))
-    return StageDir(folder)
+    return folder
 
 
 def test_what_is_restored_is_what_was_copied(tmp_path: Path) -> None:
@@ -80,7 +79,7 @@ def test_what_is_restored_is_what_was_copied(tmp_path: Path) -> None:
     assert first.restore() is None, "a run folder that has a manifest is left as it is"
 
     second = copies_of(tmp_path / "second", url, warnings)
-    assert second.restore() == f"continues the run of which {url} has 1 stage"
+    assert second.restore() == 1
     files = {path.relative_to(second.run.path).as_posix() for path in second.run.path.rglob("*") if path.is_file()}
     assert files == {"manifest.json", "search/abc/study.journal"}
     assert warnings == []
@@ -104,7 +103,7 @@ def test_a_damaged_copy_is_said_and_not_used(tmp_path: Path) -> None:
     archive = tmp_path / "bucket" / "finished" / "search-abc.tar"
     archive.write_bytes(archive.read_bytes()[:700])
     second = copies_of(tmp_path / "second", url, warnings)
-    assert second.restore() == f"continues the run of which {url} has 0 stages"
+    assert second.restore() == 0
     assert not (second.run.path / "search").exists()
     assert len(warnings) == 1
     assert f"{url}/finished/search-abc.tar is damaged and is not used" in warnings[0]

@@ -320,6 +320,43 @@ def test_a_second_launch_does_nothing_and_says_so(swept: Swept) -> None:
     assert swept.results.manifest["test_openings"] == manifest["test_openings"]
 
 
+def weights_of(results: SupernetSweepResults, name: str) -> str:
+    folder = results.supernets[name].run.stage_dir("supernet", results.entry(name).key)
+    return file_sha256(folder / "final.safetensors")
+
+
+def same_sweeps(ours: SupernetSweepResults, theirs: SupernetSweepResults) -> bool:
+    """Whether two sweeps have the same supernets to the bit, the same front and the same trials."""
+    names = list(ours.supernets)
+    trials = [merged_study(results.run.merged_journal).get_trials() for results in (ours, theirs)]
+    return (
+        names == list(theirs.supernets)
+        and ours.front_gates == theirs.front_gates
+        and [weights_of(ours, name) for name in names] == [weights_of(theirs, name) for name in names]
+        and [timeless(trial) for trial in trials[0]] == [timeless(trial) for trial in trials[1]]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_finished_sweep_is_continued_on_another_machine_from_its_copies(swept: Swept, tmp_path: Path) -> None:
+    shutil.copytree(swept.folder, tmp_path / "first")
+    url = (tmp_path / "bucket").as_uri()
+    options = ("launch", SWEEP, "--set", f"storage.artifacts={url}", *WITHOUT_MLFLOW)
+    first = call(tmp_path / "first", *options)
+    assert first.code == 0, first.err
+    copied = Counter(path.name.partition("-")[0] for path in (tmp_path / "bucket").rglob("*.tar"))
+    assert copied == {"tune": 1} | dict.fromkeys(("supernet", "measure", "table", "search", "verify"), 2)
+    write_sweep(tmp_path / "second", SUPERNETS, SWEEP)
+    second = call(tmp_path / "second", *options)
+    assert second.code == 0, second.err
+    assert second.err.count("continues the run of which") == 3
+    assert "starting Ray" not in second.err
+    moved = sweep_in(tmp_path / "second")
+    assert same_sweeps(moved, swept.results)
+    assert moved.manifest["test_openings"] == swept.results.manifest["test_openings"], "test was not read again"
+
+
 @pytest.mark.ray
 def test_a_constraint_that_a_trained_supernet_cannot_hold_leaves_it_and_all_earlier_trials_out(
     swept: Swept, tmp_path: Path
@@ -534,19 +571,35 @@ def test_a_sweep_killed_in_its_second_training_and_terminated_in_its_second_sear
     assert json.loads((tmp_path / "runs" / "nets" / "manifest.json").read_text())["test_openings"] == 0
     answer = call(tmp_path, "launch", SWEEP, *WITHOUT_MLFLOW)
     assert answer.code == 0, answer.err
-    resumed, straight = sweep_in(tmp_path), swept.results
-    assert list(resumed.supernets) == names
-    assert resumed.front_gates == straight.front_gates
-    for name in names:
-        assert file_sha256(
-            resumed.supernets[name].run.stage_dir("supernet", resumed.entry(name).key) / "final.safetensors"
-        ) == (
-            file_sha256(
-                straight.supernets[name].run.stage_dir("supernet", straight.entry(name).key) / "final.safetensors"
-            )
+    assert same_sweeps(sweep_in(tmp_path), swept.results)
+
+
+@pytest.mark.long
+@pytest.mark.ray
+def test_a_sweep_whose_machine_is_lost_in_its_second_training_is_continued_on_another(
+    swept: Swept, tmp_path: Path
+) -> None:
+    names = list(swept.results.supernets)
+    artifacts = ("--set", f"storage.artifacts={(tmp_path / 'bucket').as_uri()}")
+    write_sweep(tmp_path / "first", SUPERNETS, SWEEP)
+    command = Command(tmp_path / "first", "launch", SWEEP, *WITHOUT_MLFLOW, *artifacts)
+    try:
+        command.wait_for(
+            lambda: any((tmp_path / "bucket/nets/supernets" / names[1]).glob("supernet/*/epoch-00001.json"))
         )
-    ours, theirs = (merged_study(results.run.merged_journal).get_trials() for results in (resumed, straight))
-    assert [timeless(trial) for trial in ours] == [timeless(trial) for trial in theirs]
+        command.process.send_signal(signal.SIGKILL)
+        command.wait()
+    finally:
+        command.end()
+    shutil.rmtree(tmp_path / "first")
+    write_sweep(tmp_path / "second", SUPERNETS, SWEEP)
+    answer = call(tmp_path / "second", "launch", SWEEP, *WITHOUT_MLFLOW, *artifacts)
+    assert answer.code == 0, answer.err
+    assert answer.err.count("continues the run of which") == 2, "of the sweep, and of its first supernet"
+    resumed = sweep_in(tmp_path / "second")
+    assert same_sweeps(resumed, swept.results)
+    for name in names:
+        assert resumed.entry(name).reports == swept.results.entry(name).reports
 
 
 # ---- the merged study
