@@ -61,6 +61,7 @@ from orchestration.tracking.rows import (
     write_overview,
     write_subnets,
 )
+from orchestration.workers.joining import joined_address
 from orchestration.workers.node_check import check_nodes
 from orchestration.workers.nodes import cluster_nodes, nodes_in_words
 from orchestration.workers.ray_folder import ray_folder
@@ -345,7 +346,7 @@ def ray_where_needed(
     needed_mib = int(1.5 * num_bytes / 2**20) + 100  # the object store holds the training images once
     progress.say("starting Ray ...")
     settings = RaySettings(
-        address=config.ray.address,
+        address=joined_address(config.ray.address),
         num_cpus=config.ray.num_cpus,
         object_store_mib=max(config.ray.object_store_mib, needed_mib),
         start_timeout_s=config.ray.start_timeout_s,

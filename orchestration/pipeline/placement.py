@@ -11,7 +11,7 @@ from dsnet.errors import PreflightError
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.search import trial_actors
 from orchestration.workers.file_stores import CLIENT_NEEDS_URL
-from orchestration.workers.joining import CLIENT
+from orchestration.workers.joining import CLIENT, joined_address
 from orchestration.workers.nodes import Need, Node, cluster_nodes, most_threads, refuse_without_room
 from orchestration.workers.structure import scorer_need
 from orchestration.workers.supernet import training_need, training_resources
@@ -61,7 +61,7 @@ def refuse_client(config: SweepConfig, stages: Collection[str], at_a_time: int |
     Raises:
         PreflightError: supernets would be scheduled, or the files of a training have no place.
     """
-    address = config.ray.address
+    address = joined_address(config.ray.address)
     if not address.startswith(CLIENT):
         return
     # For a client, Ray runs Tune in a task on the head, and would send the scheduler there.

@@ -13,7 +13,14 @@ DEFAULT_FILE = Path(".ray", "auth_token")
 """Ray's file of the token, below the home folder."""
 CLIENT = "ray://"
 """Beginning of an address by which Ray's client joins a cluster."""
+ADDRESS = "RAY_ADDRESS"
+"""Environment variable with the address that `auto` joins; without it, a cluster of this machine."""
 SEE = "see docs/cluster.md"
+
+
+def joined_address(address: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The address that Ray joins for a value of `ray.address`."""
+    return (environ.get(ADDRESS) or address) if address == "auto" else address
 
 
 def why_not_joined(address: str, error: BaseException, environ: Mapping[str, str] = os.environ) -> str:

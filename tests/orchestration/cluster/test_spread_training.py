@@ -29,6 +29,15 @@ TWO_WORKERS = (
     .replace("budget: {trials: 12}", "budget: {trials: 8}")
     .replace("startup: 8", "startup: 4")
 )
+SEARCHED = (
+    TWO_WORKERS.replace(
+        "  options: {num_routes: 3}\n",
+        "  options: {num_routes: 3}\n"
+        "  structure: {method: greedy, targets: [0.4, 0.7, 1.0], pin: gate, step: 16, levels: 4, holdout: 0.2, epochs: 2}\n",
+    )
+    .replace("epochs: 8", "epochs: 4")
+    .replace("trials: 8", "trials: 4")
+)
 SUPERNETS = """\
 version: 1
 name: nets
@@ -128,6 +137,31 @@ def test_two_workers_of_a_training_on_two_nodes_give_the_weights_of_one_node(tmp
 @pytest.mark.long
 @pytest.mark.timeout(1100)
 @pytest.mark.usefixtures("home")
+def test_a_training_of_two_workers_outlives_one_of_their_nodes(tmp_path: Path) -> None:
+    alone, joined = tmp_path / "alone", tmp_path / "joined"
+    for folder in (alone, joined):
+        write_sweep(folder, TWO_WORKERS.replace("epochs: 8", "epochs: 25"))
+    workers = ("--set", "supernet.workers=2", "--set", "supernet.threads=1")
+    answer_of(launch(alone, *workers, "--set", "ray.num_cpus=2"))
+    with two_nodes(tmp_path) as (head, nodes):
+        address = ("--set", f"ray.address={head.address}:{PORT}")
+        command = launch(joined, *workers, *address, program=(*head.within(), *PROGRAM))
+        try:
+            command.wait_for(lambda: any(joined.glob("runs/tiny/supernet/*/epoch-*3.json")))
+            assert all(node.runs(GROUP) for node in nodes)
+            nodes[1].kill()
+            nodes[1].start(1, head=head, log=tmp_path / "logs" / "again")
+        finally:
+            answer_of(command)
+    one, other = results_in(alone), results_in(joined)
+    assert weights(one) == weights(other)
+    assert study_of(one) == study_of(other) != []
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(1100)
+@pytest.mark.usefixtures("home")
 def test_a_sweep_of_supernets_trains_on_two_nodes_and_gives_the_results_of_one_machine(tmp_path: Path) -> None:
     alone, joined = tmp_path / "alone", tmp_path / "joined"
     for folder in (alone, joined):
@@ -166,3 +200,27 @@ def test_a_client_of_a_cluster_launches_to_the_end_with_the_results_of_one_machi
     assert weights(one) == weights(other)
     assert study_of(one) == study_of(other) != []
     assert any(store.glob("tiny/supernet/*/epoch-*.safetensors")), "checkpoints stay at the URL"
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(1100)
+@pytest.mark.usefixtures("home")
+def test_a_client_of_a_cluster_searches_sub_networks_as_one_machine_does(tmp_path: Path) -> None:
+    alone, desk, logs = (tmp_path / name for name in ("alone", "desk", "logs"))
+    for folder in (alone, desk):
+        write_sweep(folder, SEARCHED)
+    logs.mkdir()
+    threads = ("--set", "supernet.threads=1")
+    answer_of(launch(alone, *threads, "--set", "ray.num_cpus=1"))
+    with machines(3, TOKEN, hidden=desk) as (driver, head, node):
+        head.start(0, head=None, log=logs / "head")
+        node.start(1, head=head, log=logs / "node")
+        address = ("--set", f"ray.address=ray://{head.address}:{CLIENT_PORT}")
+        kept = ("--set", f"storage.artifacts={(tmp_path / 'store').as_uri()}")
+        answer_of(launch(desk, *threads, *address, *kept, program=(*driver.within(), *PROGRAM)))
+    one, other = results_in(alone), results_in(desk)
+    chosen = [results.run.stage_dir("structure", results.done_key("structure")) for results in (one, other)]
+    assert file_sha256(chosen[0] / "structure.safetensors") == file_sha256(chosen[1] / "structure.safetensors")
+    assert weights(one) == weights(other)
+    assert study_of(one) == study_of(other) != []

@@ -74,7 +74,10 @@ def test_the_files_of_a_training_lie_below_the_url_as_below_the_runs_folder(tmp_
     assert artifacts_url(with_url, folder) == "s3://bucket/below/n/supernet/abc"
 
 
-def test_a_client_needs_a_place_for_the_files_of_a_training_and_cannot_schedule_supernets() -> None:
+def test_a_client_needs_a_place_for_the_files_of_a_training_and_cannot_schedule_supernets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for ray in ({}, {"address": "auto"}, {"address": "10.0.0.1:6379"}):
         refuse_client(config(ray=ray), ALL, at_a_time=2)
     client, url = {"address": NOBODY}, {"artifacts": "s3://bucket/below"}
@@ -86,6 +89,11 @@ def test_a_client_needs_a_place_for_the_files_of_a_training_and_cannot_schedule_
     with pytest.raises(PreflightError, match=r"client of the cluster.*Launch on a node of the cluster"):
         refuse_client(config(ray=client, storage=url), ALL, at_a_time=1)
     refuse_client(config(ray=client, storage=url), ["search"], at_a_time=1)
+    monkeypatch.setenv("RAY_ADDRESS", NOBODY)  # which auto means then
+    with pytest.raises(PreflightError, match=f"ray.address: {NOBODY} makes this launch a client"):
+        refuse_client(config(ray={"address": "auto"}, storage=url), ALL, at_a_time=1)
+    for ray in ({}, {"address": "10.0.0.1:6379"}):
+        refuse_client(config(ray=ray), ALL, at_a_time=1)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +101,7 @@ def test_a_client_needs_a_place_for_the_files_of_a_training_and_cannot_schedule_
     [
         (TINY, ["set storage.artifacts to a URL that this machine and all nodes can read and write"]),
         (
-            f"{TINY}storage: {{artifacts: s3://bucket/below}}\n{SPACE}",
+            f"{TINY}storage: {{artifacts: memory://below}}\n{SPACE}",
             [NOBODY, "runs the scheduler of several supernets", "with ray.address: HOST:PORT or auto"],
         ),
     ],
