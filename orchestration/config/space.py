@@ -261,6 +261,15 @@ def branches(space: Space, keys: Iterable[str]) -> Iterator[Point]:
     return islice(_settings(space, names, _named_values), MAX_BRANCHES)
 
 
+def listed_settings(space: Space, keys: Iterable[str]) -> Iterator[Point]:
+    """The possible settings of `keys`, whose values can be listed, and of everything on which they
+    depend (the first `MAX_BRANCHES`); keys that are not searched are left out."""
+    wanted = [key for key in keys if key in space and space[key].kind in PARENT_KINDS]
+    parents = _ancestors(space, wanted)
+    names = [key for key in parents_first(space) if key in parents or key in wanted]
+    return islice(_settings(space, names, _named_values), MAX_BRANCHES)
+
+
 def _named_values(distribution: Distribution) -> Sequence[Any]:
     if distribution.kind != "int":
         return distribution.values

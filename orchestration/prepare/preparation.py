@@ -52,6 +52,7 @@ from orchestration.config.supernet import FROM_DATA, REGIME_KEYS, resolve_regime
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.adoption import Adoption, Wanted, find_adoption, standalone_config
 from orchestration.prepare.data_defaults import with_data_defaults
+from orchestration.prepare.few_routes import few_routes_warning
 from orchestration.prepare.reach import hopeless_conditions
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
@@ -205,6 +206,7 @@ class Prepared:
             *self._equal_views(),
             *self._small_holdout(),
             *self._too_fine(),
+            *(few_routes_warning(self.config, len(self.subnets)) if self.structure is None else ()),
             *hopeless_conditions(self.config, self.subnets, self.image_size),
         )
 

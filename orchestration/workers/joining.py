@@ -14,7 +14,8 @@ DEFAULT_FILE = Path(".ray", "auth_token")
 CLIENT = "ray://"
 """Beginning of an address by which Ray's client joins a cluster."""
 ADDRESS = "RAY_ADDRESS"
-"""Environment variable with the address that `auto` joins; without it, a cluster of this machine."""
+"""Environment variable with the address that `auto` joins; without it `auto` is the cluster of this
+machine."""
 SEE = "see docs/cluster.md"
 
 

@@ -408,6 +408,33 @@ def test_conditions_that_nothing_on_this_network_can_hold_are_warned_about() -> 
     assert not any("can hold" in warning for warning in open_to_all.warnings())
 
 
+@pytest.mark.parametrize(
+    ("gate", "space", "said"),
+    [
+        ({}, {"gate.target": 0.5}, None),
+        ({"router": "gate", "routing": {"first": 2}}, {"gate.target": 0.5}, None),
+        ({"router": "cascade", "routing": {"first": 2}}, {"gate.target": 0.5}, "1 of 1 setting of"),
+        (
+            {},
+            {
+                "gate.router": {"choice": ["gate", "cascade"]},
+                "gate.routing.first": {"int": [0, 2]},
+                "gate.routing.stride": {"int": [1, 3]},
+            },
+            # First 2; first 1 with a stride of 2 or 3; first 0 with a stride of 3: one of three.
+            "6 of 18 settings of router and routing leave too few of the 3 sub-networks",
+        ),
+    ],
+)
+def test_a_space_in_which_trials_have_too_few_routes_is_warned_about(
+    gate: dict[str, Any], space: dict[str, Any], said: str | None
+) -> None:
+    warnings = [
+        text for text in prepared_with({}, gate=gate, space=space).warnings() if text.startswith("gate.routing:")
+    ]
+    assert [said in text for text in warnings] == ([] if said is None else [True])
+
+
 def test_the_views_are_part_of_the_key_where_the_teacher_has_its_own() -> None:
     same, own = prepared_with({}), prepared_with({"regime": "mvco"})
     assert "views" not in supernet_key_parts(same)["supernet"]["regime"]
