@@ -352,7 +352,7 @@ def _draft(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def remove_drafts(folder: Path, min_age_s: float = 0.0) -> list[Path]:
+def remove_drafts(folder: Path, min_age_s: float = 0.0, *, is_deep: bool = True) -> list[Path]:
     """Remove what killed processes of this program were writing: files and folders below `folder`
     whose names hold the id of a process that no longer runs here. Symbolic links are not followed.
 
@@ -360,6 +360,7 @@ def remove_drafts(folder: Path, min_age_s: float = 0.0) -> list[Path]:
         folder: a folder that no other driver works in.
         min_age_s: age from which they are removed; more than 0 where processes of other machines,
             whose ids say nothing here, may be writing.
+        is_deep: whether those in folders below it are removed too.
 
     Returns:
         the removed paths.
@@ -374,15 +375,16 @@ def remove_drafts(folder: Path, min_age_s: float = 0.0) -> list[Path]:
             with suppress(OSError):  # it stays: nothing reads it
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 removed.append(path)
-        folders[:] = [name for name in folders if not _DRAFT_FOLDER.fullmatch(name)]
+        folders[:] = [name for name in folders if is_deep and not _DRAFT_FOLDER.fullmatch(name)]
     return removed
 
 
 _DRAFT = re.compile(
-    r"\.(?:.+\.(?=\d+(?:-[0-9a-f]{8}\.tmp|\.partial)$)|driver\.lock\.(?=\d+$))(?P<pid>\d+)(?:-[0-9a-f]{8}\.tmp|\.partial)?"
+    r"\.(?:.+\.(?=\d+(?:-[0-9a-f]{8}\.tmp(?:-journal|-wal|-shm)?|\.partial)$)|driver\.lock\.(?=\d+$))(?P<pid>\d+)(?:-[0-9a-f]{8}\.tmp(?:-journal|-wal|-shm)?|\.partial)?"
 )
 _DRAFT_FOLDER = re.compile(r"\..+\.(?P<pid>\d+)\.tmp")
-"""Names of unfinished files and folders, with the id of the process that writes them."""
+"""Names of unfinished files, of SQLite's files beside them, and of unfinished folders, with the id
+of the process that writes them."""
 
 
 def _is_alive(pid: int) -> bool:

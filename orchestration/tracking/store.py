@@ -22,9 +22,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestration.config.store_uri import is_server
+from orchestration.config.store_uri import database_of, is_server
 from orchestration.tracking.database import mend_artifact_locations
 from orchestration.tracking.datasets import dataset_inputs
+from orchestration.tracking.new_database import create_database
 from orchestration.tracking.view import SUPERSEDED, points_view, view_tag
 
 if TYPE_CHECKING:
@@ -233,6 +234,9 @@ class MlflowStore:
             os.environ.update(mlflow_environment())
             from mlflow.tracking import MlflowClient
 
+            if (database := database_of(self._store_uri)) is not None:
+                with self._alone():
+                    create_database(database.absolute(), self._artifact_root)
             _check_sqlite(self._store_uri)
             mend_artifact_locations(self._store_uri, self._artifact_root.absolute())
             client = MlflowClient(self._store_uri)

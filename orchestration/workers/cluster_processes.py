@@ -12,6 +12,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from orchestration.runs.processes import look_at
+
 MARK = "DSNET_RAY_CLUSTER"
 """Environment variable that all processes of a local cluster inherit; its value names the
 cluster."""
@@ -34,6 +36,18 @@ def marked_processes(mark: str) -> list[int]:
             with suppress(OSError):  # it has ended meanwhile, or belongs to somebody else
                 if sought in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
                     found.append(int(name))
+    return found
+
+
+def ended_children() -> list[int]:
+    """Pids of processes that this one has started and that have ended, as long as nobody has asked
+    how: their environment cannot be read any more. Empty where there is no /proc."""
+    found = []
+    with suppress(FileNotFoundError):
+        for name in os.listdir("/proc"):
+            seen = look_at(int(name)) if name.isdecimal() else None
+            if seen is not None and seen.has_ended and seen.parent == os.getpid():
+                found.append(int(name))
     return found
 
 

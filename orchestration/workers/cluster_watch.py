@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from dsnet.errors import ClusterLostError, StorageError
 from orchestration.runs.processes import ProcessLook, look_at
-from orchestration.workers.cluster_processes import command_name, kill_marked, marked_processes
+from orchestration.workers.cluster_processes import command_name, ended_children, kill_marked, marked_processes
 from orchestration.workers.guards import AGENTS, Guard, agents_of
 from orchestration.workers.joining import CLIENT
 
@@ -79,6 +79,8 @@ class ClusterWatch:
     """Whether this process is ending the cluster itself, so that nothing is lost any more."""
     _is_started: bool = field(default=False, init=False)
     """Whether Ray has said which processes the cluster has."""
+    _ended_before: frozenset[int] = field(default_factory=lambda: frozenset(ended_children()), init=False)
+    """Pids of ended processes of an earlier cluster."""
     _since: dict[str, float] = field(default_factory=dict, init=False)
     """Since when something has been stopped or has not answered, by name."""
 
@@ -110,8 +112,8 @@ class ClusterWatch:
         that ends during the start, and ends this process after 60 s."""
         if self.mark is None or self._is_started:
             return
-        known = {each.pid for each in self.essentials}
-        for pid in marked_processes(self.mark):
+        known = {each.pid for each in self.essentials} | self._ended_before
+        for pid in (*marked_processes(self.mark), *ended_children()):  # one may have ended between two looks
             name = _COMMANDS.get(command_name(pid))
             if name is not None and pid not in known:
                 self.essentials = [*self.essentials, *essential(name, pid)]

@@ -113,6 +113,11 @@ def _title(pid: int) -> str:
     return ""
 
 
+def newest_epoch(folder: Path) -> int:
+    """The epoch of the newest checkpoint below a folder with a run folder; 0 if there is none."""
+    return max((int(path.stem.partition("-")[2]) for path in folder.glob("runs/*/supernet/*/epoch-*.json")), default=0)
+
+
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
     """Wait for a condition.
 

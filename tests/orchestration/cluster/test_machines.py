@@ -12,7 +12,7 @@ from dsnet.files import file_sha256
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from search.study.study import load_records
-from tests.orchestration.cluster.machines import PORT, Machine, machines, wait_until, why_not
+from tests.orchestration.cluster.machines import PORT, Machine, machines, newest_epoch, wait_until, why_not
 from tests.orchestration.samples import SWEEP, TINY, WITHOUT_MLFLOW, write_sweep
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
@@ -68,7 +68,7 @@ def test_a_sweep_outlives_the_machines_of_its_training_and_of_its_search(
         command = launch(joined, *address, program=(*head.within(), *PROGRAM))
         try:
             trains = the_one_that_runs(TRAINING, nodes)
-            command.wait_for(lambda: any(joined.glob("runs/tiny/supernet/*/epoch-*3.json")))
+            command.wait_for(lambda: newest_epoch(joined) >= 3)
             trains.kill()
             trains.start(1, head=head, log=logs / "again")
             command.wait_for(lambda: num_trials(joined) >= 4)

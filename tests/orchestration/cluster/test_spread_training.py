@@ -15,7 +15,7 @@ from dsnet.files import file_sha256
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from orchestration.supernets.results import SupernetSweepResults
-from tests.orchestration.cluster.machines import PORT, Machine, machines, why_not
+from tests.orchestration.cluster.machines import PORT, Machine, machines, newest_epoch, why_not
 from tests.orchestration.samples import SWEEP, TINY, WITHOUT_MLFLOW, results_in, study_of, write_sweep
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
@@ -147,7 +147,7 @@ def test_a_training_of_two_workers_outlives_one_of_their_nodes(tmp_path: Path) -
         address = ("--set", f"ray.address={head.address}:{PORT}")
         command = launch(joined, *workers, *address, program=(*head.within(), *PROGRAM))
         try:
-            command.wait_for(lambda: any(joined.glob("runs/tiny/supernet/*/epoch-*3.json")))
+            command.wait_for(lambda: newest_epoch(joined) >= 3)
             assert all(node.runs(GROUP) for node in nodes)
             nodes[1].kill()
             nodes[1].start(1, head=head, log=tmp_path / "logs" / "again")

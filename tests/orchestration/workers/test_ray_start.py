@@ -6,11 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
 from dsnet.errors import ClusterLostError
-from orchestration.workers.cluster_processes import MARK, new_mark
+from orchestration.workers.cluster_processes import MARK, ended_children, new_mark
 from orchestration.workers.cluster_watch import ClusterWatch, Essential, watching
 from orchestration.workers.ray_start import started_in_time
 from orchestration.workers.runtime import is_left_open
@@ -34,6 +35,29 @@ def test_a_process_that_ends_while_ray_starts_ends_the_start() -> None:
     released.set()
     while is_left_open():
         time.sleep(0.01)
+
+
+def test_a_process_that_has_ended_between_two_looks_is_noticed_and_one_of_an_earlier_cluster_is_not() -> None:
+    def ended_gcs() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-c", GCS], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+        wait_until(lambda: process.pid in ended_children())
+        return process
+
+    with ended_gcs():
+        watch = ClusterWatch(mark=new_mark())
+        assert watch.update() is None
+        with ended_gcs() as process:
+            assert watch.update() == f"its GCS (process {process.pid}) has ended"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
 
 
 def test_processes_of_a_cluster_are_watched_as_soon_as_they_are_there() -> None:
