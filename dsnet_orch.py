@@ -18,18 +18,36 @@ def main() -> None:
         import orchestration  # noqa: F401 - makes all further imports find our packages
     finally:
         sys.path.remove(root)
+    from orchestration.supervisor import supervise, tell_exit
+
+    if sys.argv[1:2] and sys.argv[1] in LONG:
+        supervise(_complain)
     from orchestration.cli import main as run
 
     try:
         run()
     except SystemExit as done:
+        tell_exit(done.code if isinstance(done.code, int) else int(done.code is not None))
         if done.code in STOPPED:
             _end_at_once(done.code)
         raise
+    except BaseException:
+        tell_exit(1)  # Python prints the traceback
+        raise
+
+
+LONG = ("launch", "extend")
+"""Commands that run for hours."""
 
 
 STOPPED = (6, 130)
 """Exit codes of a launch that was stopped."""
+
+
+def _complain(text: str) -> None:
+    from orchestration.commands.messages import complain
+
+    complain(text)
 
 
 def _end_at_once(code: int) -> None:

@@ -1,10 +1,11 @@
 """Sweeps whose processes are killed at random moments, compared with a sweep that nobody disturbed.
 
-A victim is drawn at random: the driver, a worker of Ray that has work, the raylet, the GCS (Ray's
-global control service), or the process that writes to MLflow. It gets SIGKILL at a random moment of
-a launch. A launch that ended is repeated with the same command, until the sweep is complete. Then
-everything that it stored is compared with the undisturbed sweep: weights, trials, front, results on
-val and test, loss curves, and the rows of MLflow. Measured times are not compared.
+A victim is drawn at random: the driver, its supervisor (the process that waits for it), a worker of
+Ray that has work, the raylet, the GCS (Ray's global control service), or the process that writes to
+MLflow. It gets SIGKILL at a random moment of a launch. A launch that ended is repeated with the
+same command, until the sweep is complete. Then everything that it stored is compared with the
+undisturbed sweep: weights, trials, front, results on val and test, loss curves, and the rows of
+MLflow. Measured times are not compared.
 
 The seconds that a kill costs are those since the last stored state (an epoch of the training, a
 cohort of trials, a finished stage): this work is done again. They are compared with the longest
@@ -38,7 +39,7 @@ from orchestration.runs.folder import MLFLOW_DATABASE, RunDir
 from search.study.study import TrialRecord
 
 BENCHMARK = (
-    "50 random kills of driver, worker, raylet, GCS and MLflow writer: results lost, duplicated or changed, and seconds redone "
+    "50 random kills of driver, supervisor, worker, raylet, GCS and MLflow writer: results lost, duplicated or changed, and seconds redone "
     "(goals: 0, 0, 0; one epoch or cohort)"
 )
 NAME = "tiny"
@@ -79,14 +80,16 @@ class Victim:
 
     name: str
     part: str
-    """Part of its command line; empty for the driver."""
+    """Part of its command line; empty for the driver and its parent."""
     ends_launch: bool
     """Whether the launch ends with it."""
 
     def pids(self, command: Command) -> list[int]:
         """The processes of this kind that a launch has at present."""
-        if not self.part:
+        if self is SUPERVISOR:
             return [command.process.pid]
+        if not self.part:
+            return children(command.process.pid)
         others = ("IDLE", "Agent")  # workers without work, and Ray's own agents
         return [
             pid
@@ -95,8 +98,11 @@ class Victim:
         ]
 
 
+SUPERVISOR = Victim("supervisor", "", ends_launch=True)
+"""The parent of the driver."""
 VICTIMS = (
     Victim("driver", "", ends_launch=True),
+    SUPERVISOR,
     Victim("raylet", "/raylet/raylet", ends_launch=True),
     Victim("GCS", "gcs_server", ends_launch=True),
     Victim("worker", "ray::", ends_launch=False),
@@ -306,11 +312,18 @@ def _launch_and_kill(
 
 
 def _chosen(command: Command, draw: random.Random, victims: Sequence[Victim]) -> tuple[Victim, int]:
-    """A kind of process that is there, and one of its processes; the driver if none is."""
+    """A kind of process that is there, and one of its processes; the supervisor if none is."""
     for victim in draw.sample(victims, len(victims)):
         if pids := victim.pids(command):
             return victim, draw.choice(sorted(pids))
-    return VICTIMS[0], command.process.pid
+    return SUPERVISOR, command.process.pid
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process without threads has started; empty if it has ended."""
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _ended(command: Command, watch: Watch, seconds: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -80,23 +81,31 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask for a stop. SIGHUP comes when the terminal closes; under nohup it is ignored."""
 
 
+TWICE_S = 0.5
+"""Seconds within which the same signal counts once: one that was sent to a group of processes may
+also be passed on by the parent."""
+
+
 @contextmanager
 def stop_on_signals(also: Callable[[], bool], on_first: Callable[[str], None]) -> Iterator[StopRequest]:
     """Context manager that turns SIGINT, SIGTERM and SIGHUP into a stop request; a second signal
-    raises KeyboardInterrupt. SIGHUP stays ignored if it is, as under nohup.
+    raises KeyboardInterrupt, unless it is the first one that arrives twice. SIGHUP stays ignored if
+    it is, as under nohup.
 
     Args:
         also: another source of the request.
         on_first: called with the first signal's name.
     """
-    request = StopRequest(also)
+    request, first_s = StopRequest(also), 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first_s
         if request.handled is not None:
-            if number == signal.SIGHUP:  # a closing terminal sends it several times
+            is_same = number == request.handled and time.monotonic() - first_s < TWICE_S
+            if is_same or number == signal.SIGHUP:  # a closing terminal sends it several times
                 return
             raise KeyboardInterrupt
-        request.handled = signal.Signals(number)
+        request.handled, first_s = signal.Signals(number), time.monotonic()
         on_first(request.handled.name)
 
     heard = [number for number in STOPPING if not _stays_ignored(number)]

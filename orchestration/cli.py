@@ -20,6 +20,7 @@ from dsnet.image_size import ImageSize, normal_size
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.storage_faults import disk_error, storage_error
 from orchestration.serving.settings import ServeSettings
+from orchestration.supervisor import tell_command
 
 if TYPE_CHECKING:
     from dsnet.stop_signals import StopRequest
@@ -247,6 +248,7 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
     ending = Ending(progress, again or command)
+    tell_command(again or command)
 
     @contextmanager
     def stop(run: RunDir) -> Iterator[StopRequest]:

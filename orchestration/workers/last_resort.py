@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from dsnet.stop_signals import StopRequest
+from orchestration.supervisor import tell_exit
 from orchestration.workers.cluster_watch import ClusterWatch, current_watch
 from orchestration.workers.runtime import is_left_open
 
@@ -106,4 +107,5 @@ def _end(cluster: ClusterWatch | None, tell: Callable[[], int]) -> None:
     if cluster is not None:
         cluster.kill_cluster()
     telling.join(TELL_S)
+    tell_exit(codes[-1])
     os._exit(codes[-1])

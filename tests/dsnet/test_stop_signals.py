@@ -35,6 +35,19 @@ def test_each_signal_is_a_request_and_is_told_once(number: signal.Signals, code:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_the_same_signal_counts_once_within_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [10.0]
+    monkeypatch.setattr("dsnet.stop_signals.time.monotonic", lambda: now_s[0])
+    told: list[str] = []
+    with stop_on_signals(lambda: False, told.append):
+        for now_s[0] in (10.0, 10.01, 10.4):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert told == ["SIGINT"]
+        now_s[0] = 10.6
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_second_signal_interrupts_but_a_terminal_may_close_twice() -> None:
     with stop_on_signals(lambda: False, lambda name: None) as request:
         os.kill(os.getpid(), signal.SIGTERM)
