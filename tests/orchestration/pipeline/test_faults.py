@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -189,7 +189,16 @@ def stop(command: Command, number: signal.Signals) -> tuple[Answer, float]:
     return command.wait(60), seconds
 
 
+@pytest.fixture
+def terminal_can_close() -> Iterator[None]:
+    """The tests themselves may run under nohup, and what they start would ignore SIGHUP too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.long
+@pytest.mark.usefixtures("terminal_can_close")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_search_soon(longer: Path, number: signal.Signals) -> None:
     command = goes_on(longer)
