@@ -178,14 +178,12 @@ def test_a_sweep_of_supernets_trains_on_two_nodes_and_gives_the_results_of_one_m
     assert len({weights(own) for own in one.supernets.values()}) == 3
 
 
-@pytest.mark.ray
-@pytest.mark.long
-@pytest.mark.timeout(1100)
-@pytest.mark.usefixtures("home")
-def test_a_client_of_a_cluster_launches_to_the_end_with_the_results_of_one_machine(tmp_path: Path) -> None:
-    alone, desk, store, logs = (tmp_path / name for name in ("alone", "desk", "store", "logs"))
-    for folder in (alone, desk):
-        write_sweep(folder, TWO_WORKERS)
+def alone_and_as_client(folder: Path, text: str) -> tuple[RunResults, RunResults, Answer]:
+    """A sweep on one machine, and one whose driver is on no node of the cluster, with what the
+    latter said."""
+    alone, desk, logs = (folder / name for name in ("alone", "desk", "logs"))
+    for each in (alone, desk):
+        write_sweep(each, text)
     logs.mkdir()
     threads = ("--set", "supernet.threads=1")
     answer_of(launch(alone, *threads, "--set", "ray.num_cpus=1"))
@@ -193,13 +191,21 @@ def test_a_client_of_a_cluster_launches_to_the_end_with_the_results_of_one_machi
         head.start(0, head=None, log=logs / "head")
         node.start(1, head=head, log=logs / "node")
         address = ("--set", f"ray.address=ray://{head.address}:{CLIENT_PORT}")
-        kept = ("--set", f"storage.artifacts={store.as_uri()}")
+        kept = ("--set", f"storage.artifacts={(folder / 'store').as_uri()}")
         answer = answer_of(launch(desk, *threads, *address, *kept, program=(*driver.within(), *PROGRAM)))
+    return results_in(alone), results_in(desk), answer
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(1100)
+@pytest.mark.usefixtures("home")
+def test_a_client_of_a_cluster_launches_to_the_end_with_the_results_of_one_machine(tmp_path: Path) -> None:
+    one, other, answer = alone_and_as_client(tmp_path, TWO_WORKERS)
     assert "1 node with 1 CPU and no GPU" in answer.err
-    one, other = results_in(alone), results_in(desk)
     assert weights(one) == weights(other)
     assert study_of(one) == study_of(other) != []
-    assert any(store.glob("tiny/supernet/*/epoch-*.safetensors")), "checkpoints stay at the URL"
+    assert any(tmp_path.glob("store/tiny/supernet/*/epoch-*.safetensors")), "checkpoints stay at the URL"
 
 
 @pytest.mark.ray
@@ -207,19 +213,7 @@ def test_a_client_of_a_cluster_launches_to_the_end_with_the_results_of_one_machi
 @pytest.mark.timeout(1100)
 @pytest.mark.usefixtures("home")
 def test_a_client_of_a_cluster_searches_sub_networks_as_one_machine_does(tmp_path: Path) -> None:
-    alone, desk, logs = (tmp_path / name for name in ("alone", "desk", "logs"))
-    for folder in (alone, desk):
-        write_sweep(folder, SEARCHED)
-    logs.mkdir()
-    threads = ("--set", "supernet.threads=1")
-    answer_of(launch(alone, *threads, "--set", "ray.num_cpus=1"))
-    with machines(3, TOKEN, hidden=desk) as (driver, head, node):
-        head.start(0, head=None, log=logs / "head")
-        node.start(1, head=head, log=logs / "node")
-        address = ("--set", f"ray.address=ray://{head.address}:{CLIENT_PORT}")
-        kept = ("--set", f"storage.artifacts={(tmp_path / 'store').as_uri()}")
-        answer_of(launch(desk, *threads, *address, *kept, program=(*driver.within(), *PROGRAM)))
-    one, other = results_in(alone), results_in(desk)
+    one, other, _ = alone_and_as_client(tmp_path, SEARCHED)
     chosen = [results.run.stage_dir("structure", results.done_key("structure")) for results in (one, other)]
     assert file_sha256(chosen[0] / "structure.safetensors") == file_sha256(chosen[1] / "structure.safetensors")
     assert weights(one) == weights(other)
