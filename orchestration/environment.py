@@ -28,4 +28,9 @@ def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     anything imports Ray."""
     for name, value in _ENVIRONMENT.items():
         environ.setdefault(name, value)
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        if environ.get(name):
+            environ[name] = os.path.abspath(environ[name])  # Ray's processes have other working directories
+        else:
+            environ.pop(name, None)  # Ray would take an empty one for the working directory
     fix_arithmetic(environ)

@@ -22,7 +22,8 @@ from contextlib import suppress
 RELAYED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RESUMABLE = 6
 _FROM_KERNEL = 0x80
-"""`si_code` of a signal from the terminal, which every process of the group gets."""
+"""`si_code` of a signal from the terminal. Ctrl-C goes to every process of the group; SIGHUP, when
+the terminal closes, only to the leader of the session, which this process may be."""
 _RELAY_S = 0.05
 """Seconds before a signal is passed on: a child that has got the same one itself may end
 meanwhile."""
@@ -78,13 +79,17 @@ def _wait(child: int) -> int:
     """Pass signals on until the child has ended; returns its wait status."""
     while True:
         info = signal.sigtimedwait({*RELAYED, signal.SIGCHLD}, _LOOK_S)
-        if info is not None and info.si_signo in RELAYED and info.si_code != _FROM_KERNEL:
+        if info is not None and info.si_signo in RELAYED and not _has_child_got(info):
             time.sleep(_RELAY_S)
             os.kill(child, info.si_signo)  # it is there until it is waited for
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # as process 1 of a container, also what was left to it
                 if ended[0] == child:
                     return ended[1]
+
+
+def _has_child_got(info: signal.struct_siginfo) -> bool:
+    return info.si_code == _FROM_KERNEL and info.si_signo != signal.SIGHUP
 
 
 def _read(pipe: int) -> dict[str, str]:

@@ -17,6 +17,9 @@ Value = Scalar | tuple[Any, ...]
 point can be hashed."""
 Conditions = tuple[tuple[str, tuple[Scalar, ...]], ...]
 Kind = Literal["uniform", "loguniform", "int", "step", "choice", "fixed"]
+MOST_STEPS = 1_000_000
+"""Largest number of steps of a `step` range; Optuna divides it exactly, to a limited number of
+digits."""
 REAL_KINDS = ("uniform", "loguniform", "step")
 _WRITTEN_KINDS: Mapping[str, str] = {
     "uniform": "[low, high]",
@@ -225,6 +228,11 @@ def _check_step(kind: Kind, values: tuple[Any, ...]) -> None:
     num_steps = round((high - low) / step)
     if num_steps < 1 or not math.isclose(low + num_steps * step, high, rel_tol=1e-9, abs_tol=1e-12):
         raise ValueError(f"{kind} range {shown(values)} does not reach its end {shown(high)} in steps of {shown(step)}")
+    if kind == "step" and num_steps > MOST_STEPS:
+        raise ValueError(
+            f"step range {shown(values)} has {num_steps:.3g} steps, but at most {MOST_STEPS:,} are allowed; for any number between, "
+            f"write uniform: {shown([low, high])}"
+        )
 
 
 _PLAIN = {"type": ["number", "string", "boolean"]}

@@ -587,6 +587,8 @@ _EXPECTED: Mapping[str, str] = {
 
 def _wrong_value(path: KeyPath, details: ErrorDetails) -> str:
     kind, context, met = details["type"], details.get("ctx", {}), details["input"]
+    if path[:1] == ("tracking",) and isinstance(met, str):
+        met = shown_uri(met)  # it may hold the password of a store
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":

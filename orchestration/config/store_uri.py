@@ -6,16 +6,21 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 """The environment variable that is the default of `tracking.uri`, as everywhere in MLflow."""
 SQLITE = "sqlite:///"
 HIDDEN = "***"
+SHORTEST_PIECE = 3
 _WITHOUT_SCHEME = ("databricks", "databricks-uc")
 """Stores that MLflow knows by a word alone."""
+_WITHOUT_SLASHES = ("sqlite:", "file:", "databricks:", "databricks-uc:")
+"""Beginnings of URIs that need no `//`."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_USER = re.compile(r"(?<=://)[^/?#@]*@")
+_SEPARATOR = "://"
+_HOST = re.compile(r"(\[[^\]]*\]|[^:@]*)(:\d*)?")
+"""Host and port without a user."""
 _SECRET_VALUE = re.compile(r"(?i)((?:password|passwd|pwd|token|secret|key)=)([^&#]*)")
 
 
@@ -28,7 +33,7 @@ def uri_problem(uri: str) -> str | None:
     """Why a URI names no store that a sweep can be recorded in; None if it does."""
     if uri in _WITHOUT_SCHEME:
         return None
-    if not _SCHEME.match(uri):
+    if not _SCHEME.match(uri) or (_SEPARATOR not in uri and not uri.startswith(_WITHOUT_SLASHES)):
         return (
             f"{shown_uri(uri)!r} is a path and no URI; for a database write {SQLITE}PATH, for a server http://HOST:PORT"
         )
@@ -57,7 +62,7 @@ def database_of(store_uri: str) -> Path | None:
 
 def is_server(store_uri: str) -> bool:
     """Whether a store is an MLflow server."""
-    return store_uri.startswith("http")
+    return store_uri.lower().startswith("http")
 
 
 def has_secret(uri: str) -> bool:
@@ -67,7 +72,18 @@ def has_secret(uri: str) -> bool:
 
 def shown_uri(uri: str) -> str:
     """The URI for people and files: without user, password and secret parameters."""
-    return _SECRET_VALUE.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", uri))
+    start, end = _user_part(uri)
+    return _SECRET_VALUE.sub(rf"\1{HIDDEN}", f"{uri[:start]}{HIDDEN}{uri[end:]}" if end else uri)
+
+
+def _user_part(uri: str) -> tuple[int, int]:
+    """Where user and password begin and end; (0, 0) if there are none. A password may hold `@` and
+    `/`, although they should be written %40 and %2F."""
+    start = uri.find(_SEPARATOR)
+    start = 0 if start < 0 else start + len(_SEPARATOR)
+    end = uri.rfind("@")
+    authority = re.split(r"[/?#]", uri[start:], maxsplit=1)[0]
+    return (0, 0) if end < start or (start and _HOST.fullmatch(authority)) else (start, end)
 
 
 def without_secrets(text: str, uri: str) -> str:
@@ -75,9 +91,12 @@ def without_secrets(text: str, uri: str) -> str:
     if not has_secret(uri):
         return text
     text = text.replace(uri, shown_uri(uri))
-    parts = urlsplit(uri)
-    own = [match[0] for match in _USER.finditer(uri)] + [match[2] for match in _SECRET_VALUE.finditer(uri)]
-    for secret in (*own, parts.password):
-        if secret:
-            text = text.replace(secret, HIDDEN)
+    start, end = _user_part(uri)
+    user = uri[start:end]
+    password = user.partition(":")[2]
+    # A library that takes the password for a part of the host may show a piece of it.
+    pieces = [piece for piece in re.split("[:@/?#]", user) if len(piece) >= SHORTEST_PIECE]
+    known = [user, password, unquote(password), *pieces, *(match[2] for match in _SECRET_VALUE.finditer(uri))]
+    for secret in (each for each in known if each):
+        text = text.replace(secret, HIDDEN)
     return text

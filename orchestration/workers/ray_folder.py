@@ -42,8 +42,9 @@ WAY_OUT = "set RAY_TMPDIR to a folder with a short path on a local disk with roo
 
 
 def ray_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder in which Ray creates its sessions, by the rule of Ray."""
-    return Path(environ.get("RAY_TMPDIR", environ.get("TMPDIR", "/tmp"))) / "ray"
+    """The folder in which Ray creates its sessions, by the rule of Ray; `prepare_environment` makes
+    its variables absolute."""
+    return Path(environ.get("RAY_TMPDIR") or environ.get("TMPDIR") or "/tmp").absolute() / "ray"
 
 
 def check_ray_folder(folder: Path, object_store_mib: int) -> None:

@@ -123,16 +123,41 @@ def test_a_signal_is_heard_once_whether_it_is_sent_to_one_process_or_to_all(
         assert process.stdout.read() == f"{number.name}\n"
 
 
+def read_line(terminal: int) -> None:
+    shown = b""
+    while not shown.endswith(b"\n"):
+        shown += os.read(terminal, 1000)
+
+
 def test_ctrl_c_at_a_terminal_is_heard_once() -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvpe(sys.executable, command(COUNT), environment())
-    shown = b""
-    while b"ready" not in shown:
-        shown += os.read(terminal, 1000)
+    read_line(terminal)
     os.write(terminal, b"\x03")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
     os.close(terminal)
+
+
+@pytest.mark.parametrize("is_leader", [True, False])
+def test_a_terminal_that_closes_is_heard(tmp_path: Path, is_leader: bool) -> None:
+    """The kernel tells the leader of the session alone, which may be a shell that passes it on."""
+    heard = tmp_path / "heard"
+    program = COUNT.replace("print(*heard, flush=True)", f"open({str(heard)!r}, 'w').write(' '.join(heard))")
+    shell = ["sh", "-c", '"$@"; true', "sh"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        line = command(program) if is_leader else [*shell, *command(program)]
+        os.execvpe(line[0], line, environment())
+    read_line(terminal)
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    deadline_s = time.monotonic() + 20.0
+    while not heard.exists() or not heard.read_text():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert heard.read_text() == "SIGHUP"
 
 
 def test_a_launch_does_not_outlive_the_process_that_waits_for_it() -> None:

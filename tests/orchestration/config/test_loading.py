@@ -544,6 +544,11 @@ BAD_VALUES = [
         "tracking: {uri: 'postgresql://me:pw7@db/ml'}",
         "5:17: tracking.uri: 'postgresql://***@db/ml' holds a password, which would be stored with the run; leave it out, and set",
     ),
+    ("tracking: 'http://bob:pw7@h'", "5:11: tracking: expected a section of settings; got 'http://***@h'"),
+    (
+        "space: {gate.target: {step: [0, 1, 1.0e-30]}}",
+        "5:22: space.gate.target: step range [0, 1, 1e-30] has 1e+30 steps, but at most 1,000,000 are allowed",
+    ),
     (
         "tracking: {uri: mlflow.db}",
         "5:17: tracking.uri: 'mlflow.db' is a path and no URI; for a database write sqlite:///PATH",

@@ -11,6 +11,9 @@ from orchestration.config.store_uri import absolute_uri, has_secret, shown_uri, 
 WITH_SECRETS = (
     ("http://me:pw7@host:5000/x", "http://***@host:5000/x"),
     ("https://token9@host", "https://***@host"),
+    ("http://bob:S3cr@pw7@127.0.0.1:9", "http://***@127.0.0.1:9"),
+    ("HTTP://bob:S3cret/pw7@127.0.0.1/x", "HTTP://***@127.0.0.1/x"),
+    ("http://bob:pw7?#@[::1]:5000", "http://***@[::1]:5000"),
     ("postgresql+psycopg2://u:p%40w@db/ml?sslmode=on", "postgresql+psycopg2://***@db/ml?sslmode=on"),
     ("mysql://db/ml?user=u&password=pw7", "mysql://db/ml?user=u&password=***"),
     ("https://host/?access_token=abc#end", "https://host/?access_token=***#end"),
@@ -31,6 +34,9 @@ def test_secrets_are_hidden_in_the_uri_and_in_messages_about_it(uri: str, shown:
     [
         "http://host:5000",
         "http://host/a@b",
+        "http://[::1]:5000/a@b",
+        "databricks://profile",
+        "file:/data/mlruns",
         "sqlite:///runs/mlflow.db",
         "sqlite:////data/me@home/x.db",
         "databricks",
@@ -47,6 +53,8 @@ def test_a_uri_without_secrets_is_taken_and_shown_as_it_is(uri: str) -> None:
     [
         ("mlflow.db", "'mlflow.db' is a path and no URI; for a database write sqlite:///PATH"),
         ("./mlruns", "is a path"),
+        ("bob:S3cret@127.0.0.1", "'***@127.0.0.1' is a path and no URI"),
+        ("localhost:5000", "is a path and no URI"),
         ("/data/mlruns", "is a path"),
         ("sqlite://", "names no file"),
         ("sqlite:///", "names no file"),

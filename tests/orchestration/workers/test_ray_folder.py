@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.processes import Command
 from dsnet.errors import PreflightError
+from orchestration.environment import prepare_environment
 from orchestration.runs.lock import LockHolder
 from orchestration.workers import ray_folder as module
 from orchestration.workers.ray_folder import (
@@ -38,7 +39,15 @@ WAY_OUT = "RAY_TMPDIR"
 
 @pytest.mark.parametrize(
     "environ",
-    [{}, {"TMPDIR": "/a"}, {"RAY_TMPDIR": "/b"}, {"TMPDIR": "/a", "RAY_TMPDIR": "/b"}, {"RAY_TMPDIR": ""}],
+    [
+        {},
+        {"TMPDIR": "/a"},
+        {"RAY_TMPDIR": "/b"},
+        {"TMPDIR": "/a", "RAY_TMPDIR": "/b"},
+        {"RAY_TMPDIR": ""},
+        {"RAY_TMPDIR": "a/b"},
+        {"TMPDIR": "a"},
+    ],
     ids=str,
 )
 def test_the_folder_is_the_one_that_ray_takes(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +57,10 @@ def test_the_folder_is_the_one_that_ray_takes(environ: dict[str, str], monkeypat
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert ray_folder() == Path(get_default_ray_temp_dir())
+    folder = ray_folder()
+    prepare_environment()
+    assert ray_folder() == folder == Path(get_default_ray_temp_dir())
+    assert folder.is_absolute()
 
 
 def test_a_path_that_no_socket_may_have_is_refused_by_the_same_limit_as_in_ray(tmp_path: Path) -> None:
