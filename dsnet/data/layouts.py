@@ -13,7 +13,15 @@ from functools import cache
 from pathlib import Path
 
 from dsnet.data.decoding import read_regular_file
-from dsnet.data.image_files import SetAside, Tree, left_out_by, masks_and_thumbnails, notes_on_others, scan, suffix_counts
+from dsnet.data.image_files import (
+    SetAside,
+    Tree,
+    left_out_by,
+    masks_and_thumbnails,
+    notes_on_others,
+    scan,
+    suffix_counts,
+)
 from dsnet.data.settings import Part
 from dsnet.errors import DataError
 from dsnet.wording import plural

@@ -164,7 +164,8 @@ def test_images_that_the_pattern_leaves_out_are_told_apart_from_other_files(tmp_
     )
     put(tmp_path, *many("cow", 2))
     with pytest.raises(
-        DataError, match=r"cow: no file in this class folder matches data\.include '\*\.png' \(holds 2 \.jpg\); write another"
+        DataError,
+        match=r"cow: no file in this class folder matches data\.include '\*\.png' \(holds 2 \.jpg\); write another",
     ):
         list_image_folder(tmp_path, FileOptions(include="*.png"))
 
