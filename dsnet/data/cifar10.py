@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,19 @@ def _load_parquet(train: list[Path], test: list[Path], cache: ImageCache) -> Ima
             read_parquet_split(train, CLASS_NAMES, IMAGE_SIZE), read_parquet_split(test, CLASS_NAMES, IMAGE_SIZE)
         )
 
-    return cache.load_or_make("cifar10", parquet_key({"train": train, "test": test}), decode)
+    images = cache.load_or_make("cifar10", parquet_key({"train": train, "test": test}), decode)
+    unnamed = [file for file in (*train, *test) if not is_cifar10(file, CLASS_NAMES)]
+    return replace(images, notes=(_about_names(unnamed),)) if unnamed else images
+
+
+def _about_names(files: Sequence[Path]) -> str:
+    """A sentence about parquet files that do not say that they are CIFAR-10."""
+    names = ", ".join(f"{label} {name}" for label, name in enumerate(CLASS_NAMES))
+    which = ", ".join(file.name for file in files)
+    return (
+        f"{which}: no names of classes, neither in the metadata nor in the paths of the images; those of CIFAR-10 are assumed ({names}). "
+        "For other data, set data.name to parquet."
+    )
 
 
 def _of_batches(train: Split, test: Split, _names: object) -> ImageSet:

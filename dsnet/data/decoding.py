@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import struct
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -29,12 +31,21 @@ from dsnet.wording import size as size_text
 
 MAX_PIXELS = 2**27
 """Largest width x height of an image that is decoded, 134 million pixels: 400 MB as RGB."""
+MAX_SIDE = 2**16
+"""Largest width or height of an image that is decoded, 65,536 pixels (a JPEG has at most 65,535).
+Pillow needs additional memory for each row and for the pixels of one row."""
 MAX_FILE_BYTES = 2**29
 """Largest file that is read as a whole, 512 MiB."""
 _LARGE_PIXELS = 2**25
 """Images above this are decoded one at a time, so that the memory does not grow with the
 threads."""
 _one_large_image = threading.Lock()
+_own_limit = threading.Lock()
+"""Held while Pillow's limit on the number of pixels is replaced by `MAX_PIXELS`."""
+_WARNING = re.compile(rf"Image size \(\d+ pixels\) exceeds limit of {MAX_PIXELS} pixels", re.IGNORECASE)
+"""Pillow's warning about an image above `MAX_PIXELS`, which is refused with a `DataError`."""
+_ICONS = ("ICO", "ICNS")
+"""Formats that hold other images, whose sizes Pillow reads only when it decodes them."""
 
 _UNREADABLE = ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 """Formats that are refused: for EPS Pillow starts Ghostscript, which runs the file as a program;
@@ -47,6 +58,7 @@ _BROKEN_FILE = (
     SyntaxError,
     ValueError,
     EOFError,
+    MemoryError,
     struct.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
@@ -82,7 +94,8 @@ def decode_rgb(data: bytes, where: str, formats: Sequence[str] | None = None) ->
 
     Raises:
         DataError: The bytes are in none of these formats, are truncated, are larger than
-            `MAX_PIXELS`, or hold numbers of 32 bits. The message says which.
+            `MAX_PIXELS` or `MAX_SIDE`, need more memory than there is, or hold numbers of 32 bits.
+            The message says which.
     """
     formats = image_formats() if formats is None else tuple(formats)
     try:
@@ -142,18 +155,59 @@ def check_regular(file: Path, status: os.stat_result) -> None:
 
 
 def _decode(data: bytes, where: str, formats: Sequence[str]) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=tuple(formats)) as image:
-        num_pixels = image.width * image.height
-        if num_pixels > MAX_PIXELS:
-            raise DataError(
-                f"{where}: the image has {image.width} x {image.height} pixels, {num_pixels / 1e6:.0f} million, more than the limit of "
-                f"{MAX_PIXELS / 1e6:.0f} million; store it smaller or remove it"
-            )
-        with _one_large_image if num_pixels > _LARGE_PIXELS else nullcontext():
-            image.load()
+    with _open(data, formats) as image:
+        _check_size(image, where)
+        with _one_large_image if image.width * image.height > _LARGE_PIXELS else nullcontext():
+            with _pillow_limit() if image.format in _ICONS else nullcontext():
+                image.load()
+            _check_size(image, where)  # of an icon, which may hold a larger image than its header says
             upright = ImageOps.exif_transpose(image)
             wide = upright.mode[0] in "IF"
             return (_upper_eight_bits(upright, image.format, where) if wide else upright).convert("RGB")
+
+
+def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
+    """Read the header of an image file."""
+    with _pillow_limit():
+        return Image.open(io.BytesIO(data), formats=tuple(formats))
+
+
+@contextmanager
+def _pillow_limit() -> Iterator[None]:
+    """Replace Pillow's limit on the number of pixels, from which on it warns, by `MAX_PIXELS`.
+
+    Pillow raises an error above twice its limit. Its warning between the two is not shown, because
+    `_check_size` refuses these images. `warnings.catch_warnings` is not used: it changes the
+    filters of all threads, and warnings of other code that were shown once would be shown again.
+    """
+    with _own_limit:
+        known = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+        try:
+            if ("ignore", _WARNING, Image.DecompressionBombWarning, None, 0) not in warnings.filters:
+                warnings.filterwarnings("ignore", _WARNING.pattern, Image.DecompressionBombWarning)
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = known
+
+
+def _check_size(image: Image.Image, where: str) -> None:
+    """Check that an image is not too large to be decoded.
+
+    Raises:
+        DataError: It has more than `MAX_PIXELS` pixels, or a side of more than `MAX_SIDE`.
+    """
+    width, height = image.size
+    num_pixels = width * height
+    if num_pixels > MAX_PIXELS:
+        raise DataError(
+            f"{where}: the image has {width} x {height} pixels, {num_pixels / 1e6:.0f} million, more than the limit of "
+            f"{MAX_PIXELS / 1e6:.0f} million; store it smaller or remove it"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise DataError(
+            f"{where}: the image has {width} x {height} pixels, but each side may have at most {MAX_SIDE:,}; store it smaller or remove it"
+        )
 
 
 def _upper_eight_bits(image: Image.Image, file_format: str | None, where: str) -> Image.Image:
@@ -171,6 +225,8 @@ def _reason(error: Exception) -> str:
     """The reason for which an image of a known format does not decode, as a phrase."""
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"it has more than the limit of {MAX_PIXELS / 1e6:.0f} million pixels"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
     text = str(error) or type(error).__name__
     return "the file is truncated" if "truncated" in text.lower() or isinstance(error, EOFError) else text
 
@@ -216,7 +272,7 @@ def _without_texts(data: bytes) -> bytes:
 def is_stored_grey(data: bytes) -> bool:
     """Whether an image file stores one channel, judged by its header; False where it has none."""
     try:
-        with Image.open(io.BytesIO(data), formats=image_formats()) as image:
+        with _open(data, image_formats()) as image:
             return image.mode in ("1", "L", "I", *_WIDE_GREY)
     except (UnidentifiedImageError, *_BROKEN_FILE):
         return False

@@ -93,7 +93,7 @@ def scan(root: Path, include: str | None = None) -> Tree:
 
     def is_image(entry: Path) -> bool:
         if pattern is None:
-            return entry.suffix.lower() in image_suffixes()
+            return has_image_suffix(entry)
         name = entry.relative_to(root).as_posix() if "/" in pattern else entry.name
         return fnmatchcase(name.lower(), pattern)
 
@@ -143,6 +143,33 @@ def suffix_counts(files: Sequence[Path]) -> str:
     named = [f"{count:,} {suffix}" for suffix, count in counts[:_NUM_SUFFIXES]]
     rest = sum(count for _, count in counts[_NUM_SUFFIXES:])
     return ", ".join([*named, *([f"{rest:,} others"] if rest else [])])
+
+
+def notes_on_others(files: Sequence[Path], include: str | None) -> Iterator[str]:
+    """Sentences about files that do not count as images: because of their suffixes, or because of
+    `data.include`.
+
+    Args:
+        files: The files.
+        include: As for `scan`.
+    """
+    left_out = left_out_by(files, include)
+    if left_out:
+        yield f'Not used, because data.include "{include}" leaves them out: {suffix_counts(left_out)}.'
+    no_images = [file for file in files if not has_image_suffix(file)] if left_out else files
+    if no_images:
+        yield f"Not used, because they are no images: {suffix_counts(no_images)}."
+
+
+def left_out_by(files: Sequence[Path], include: str | None) -> list[Path]:
+    """The files with the suffix of an image among those that `data.include` does not match; empty
+    without it."""
+    return [] if include is None else [file for file in files if has_image_suffix(file)]
+
+
+def has_image_suffix(file: Path) -> bool:
+    """Whether the suffix of a file is that of an image format that is read."""
+    return file.suffix.lower() in image_suffixes()
 
 
 @dataclass(frozen=True)

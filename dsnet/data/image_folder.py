@@ -128,7 +128,7 @@ class FolderListing:
         num_train = len(self.files) - (self.num_val or 0) - (self.num_test or 0)
         if self.num_val is not None:
             use = (
-                "gives val"
+                f"gives val; test ({self.num_test:,}) gives test"
                 if self.num_test is not None
                 else "is divided into val and test, because there is no test part with labels"
             )

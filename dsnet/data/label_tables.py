@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dsnet.data.decoding import check_regular, read_regular_file
-from dsnet.data.image_files import Tree, scan, suffix_counts
-from dsnet.data.layouts import Layout, part_of
+from dsnet.data.image_files import Tree, left_out_by, notes_on_others, scan, suffix_counts
+from dsnet.data.layouts import PART_NAMES, Layout, part_of
 from dsnet.data.settings import Columns, Part
 from dsnet.errors import DataError
-from dsnet.wording import way_out
+from dsnet.wording import plural, way_out
 
 PATH_COLUMNS = (
     "path",
@@ -31,6 +32,8 @@ PATH_COLUMNS = (
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "labels", "y", "species", "breed")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "part")
 _NUM_NAMED = 3
+_NUM_COLUMNS = 8
+"""Maximum number of unused columns that a note names."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,35 @@ class _Row:
     """The line or row in the file, for messages."""
     path: str
     label: str
-    split: str | None
+    part: Part
+    """The part of the data; `train` where no column gives it."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table as texts."""
+
+    file: Path
+    names: Sequence[str]
+    """The names of its columns."""
+    lines: Sequence[Sequence[str]]
+    """Its rows without those that are empty; a row may lack cells at its end."""
+    numbers: Sequence[int]
+    """The line or row in the file of each of them, for messages."""
+
+    def cells(self, column: int) -> list[str]:
+        """The values of a column; empty where a row lacks it."""
+        return [line[column] if column < len(line) else "" for line in self.lines]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The positions of the columns that are used."""
+
+    path: int
+    label: int
+    split: int | None
+    """The column that gives the part; None where there is none."""
 
 
 def layout_of_table(root: Path, labels: str, columns: Columns, include: str | None = None) -> Layout:
@@ -60,12 +91,13 @@ def layout_of_table(root: Path, labels: str, columns: Columns, include: str | No
     """
     table = Path(labels).expanduser()
     table = table if table.is_absolute() else root / table
-    rows = list(_rows(table, columns))
+    content = _read(table)
+    chosen = _chosen(content, columns)
+    rows = _rows(content, chosen)
     if not rows:
         raise DataError(f"{table}: no rows; each row must give an image and its label")
     tree = scan(root, include)
     files = _Files(root, tree)
-    split_of = _parts_of_values(rows, columns, table)
     found: dict[Part, dict[str, list[Path]]] = {}
     seen: set[Path] = set()
     missing = []
@@ -78,13 +110,12 @@ def layout_of_table(root: Path, labels: str, columns: Columns, include: str | No
         if file in seen:
             raise DataError(f"{table}, row {row.number}: {row.path!r} is in the table twice; keep one row")
         seen.add(file)
-        part = split_of.get(row.split, "train")
-        found.setdefault(part, {name: [] for name in names})[row.label].append(file)
+        found.setdefault(row.part, {name: [] for name in names})[row.label].append(file)
     if missing:
         raise DataError(_about_missing(table, missing, len(rows), root))
     _check_parts(found, table)
     parts = {part: {name: sorted(each) for name, each in found[part].items()} for part in _in_use(found)}
-    return Layout(parts, tuple(_notes(tree, seen, table)))
+    return Layout(parts, (_about_columns(content, chosen), *_about_unused(tree, seen, table, include)))
 
 
 def _in_use(found: Mapping[Part, object]) -> list[Part]:
@@ -109,27 +140,59 @@ def _check_parts(found: Mapping[Part, Mapping[str, Sequence[Path]]], table: Path
         )
 
 
-def _notes(tree: Tree, used: set[Path], table: Path) -> Iterator[str]:
-    yield f"Labels are those in {table.name}."
+def _about_columns(table: _Table, chosen: _Chosen) -> str:
+    """Sentences about the columns: which are used for what, and which are not used."""
+
+    def named(column: int) -> str:
+        return f'"{table.names[column]}"' if table.names[column] else f"number {column + 1} (without a name)"
+
+    split = "none for parts" if chosen.split is None else f"{named(chosen.split)} for parts"
+    text = f"Labels are those in {table.file.name}: column {named(chosen.path)} for paths, {named(chosen.label)} for labels, {split}"
+    unused = [each for each in range(len(table.names)) if each not in (chosen.path, chosen.label, chosen.split)]
+    if not unused:
+        return f"{text}."
+    more = [f"{len(unused) - _NUM_COLUMNS} more"] if len(unused) > _NUM_COLUMNS else []
+    listed = ", ".join([*map(named, unused[:_NUM_COLUMNS]), *more])
+    text = f"{text}; {listed} {'is' if len(unused) == 1 else 'are'} not used."
+    if chosen.split is not None:
+        return text
+    like_parts = next((each for each in unused if _are_parts(table.cells(each))), None)
+    if like_parts is None:
+        return text
+    values = ", ".join(sorted(set(table.cells(like_parts)))[:_NUM_NAMED])
+    return f"{text} Column {named(like_parts)} holds names of parts ({values}): data.columns.split uses it."
+
+
+def _are_parts(values: Sequence[str]) -> bool:
+    return all(part_of(value) is not None for value in set(values))
+
+
+def _about_unused(tree: Tree, used: set[Path], table: Path, include: str | None) -> Iterator[str]:
+    yield from notes_on_others(left_out_by(tree.all_others(), include), include)
     unused = [file for file in tree.all_images() if file not in used]
     if unused:
         yield f"Not used, because they have no row in {table.name}: {suffix_counts(unused)}."
 
 
-def _parts_of_values(rows: Sequence[_Row], columns: Columns, table: Path) -> Mapping[str | None, Part]:
-    """The part that each value in the column of splits stands for; empty without such a column, or
-    if a column that was found by its name holds something else."""
-    found: dict[str | None, Part] = {}
-    for row in rows:
-        part = part_of(row.split or "")
-        if part is None and columns.split is None:
-            return {}
-        if part is None:
-            raise DataError(
-                f"{table}, row {row.number}: {row.split!r} is no part of the data; write train, val or test"
-            )
-        found[row.split] = part
-    return found
+def _parts(table: _Table, column: int) -> list[Part]:
+    """The part that each row gives.
+
+    Raises:
+        DataError: A value stands for no part.
+    """
+    values = table.cells(column)
+    unknown = Counter(value for value in values if part_of(value) is None).most_common()
+    if unknown:
+        named = ", ".join(f"{value!r} ({plural(count, 'row')})" for value, count in unknown[:_NUM_NAMED])
+        more = f", and {plural(len(unknown) - _NUM_NAMED, 'more value')}" if len(unknown) > _NUM_NAMED else ""
+        known = "; ".join(f"{part}: {', '.join(names)}" for part, names in PART_NAMES.items())
+        number = next(number for number, value in zip(table.numbers, values, strict=True) if value == unknown[0][0])
+        raise DataError(
+            f"{table.file}, row {number}: column {table.names[column]!r} gives the part of each image, but it holds unknown values: "
+            f"{named}{more}. Known are {known}. Write one of these words in each row, name another column with data.columns.split, or "
+            "rename the column if it does not give parts"
+        )
+    return [part for value in values if (part := part_of(value)) is not None]
 
 
 def _about_missing(table: Path, missing: Sequence[_Row], num_rows: int, root: Path) -> str:
@@ -171,21 +234,25 @@ class _Files:
         return self._by_path.get(name) or self._by_name.get(name)
 
 
-def _rows(table: Path, columns: Columns) -> Iterator[_Row]:
-    if table.suffix.lower() in (".parquet", ".pq"):
-        names, lines = _parquet(table)
+def _read(file: Path) -> _Table:
+    if file.suffix.lower() in (".parquet", ".pq"):
+        names, lines = _parquet(file)
         first = 0
     else:
-        names, lines = _csv(table)
+        names, lines = _csv(file)
         first = 2  # the line below the header
-    chosen = _chosen(names, columns, table)
-    for number, line in enumerate(lines, first):
-        if not any(line):
-            continue
-        path, label, split = (None if each is None else (line[each] if each < len(line) else "") for each in chosen)
+    filled = [(number, line) for number, line in enumerate(lines, first) if any(line)]
+    return _Table(file, names, [line for _, line in filled], [number for number, _ in filled])
+
+
+def _rows(table: _Table, chosen: _Chosen) -> list[_Row]:
+    paths, labels = table.cells(chosen.path), table.cells(chosen.label)
+    for number, path, label in zip(table.numbers, paths, labels, strict=True):
         if not path or not label:
-            raise DataError(f"{table}, row {number}: the image or its label is empty; complete or remove the row")
-        yield _Row(number, path, label, split)
+            raise DataError(f"{table.file}, row {number}: the image or its label is empty; complete or remove the row")
+    everything: list[Part] = ["train"] * len(paths)
+    parts = everything if chosen.split is None else _parts(table, chosen.split)
+    return [_Row(*each) for each in zip(table.numbers, paths, labels, parts, strict=True)]
 
 
 def _csv(table: Path) -> tuple[list[str], Iterator[list[str]]]:
@@ -219,22 +286,39 @@ def _parquet(table: Path) -> tuple[list[str], Iterator[list[str]]]:
     return content.column_names, (list(row) for row in zip(*texts, strict=True))
 
 
-def _chosen(names: Sequence[str], columns: Columns, table: Path) -> tuple[int, int, int | None]:
-    """The positions of the columns of paths, labels and, if there is one, splits."""
-    path = _column(names, columns.image, PATH_COLUMNS, "image", table)
-    label = _column(names, columns.label, LABEL_COLUMNS, "label", table)
+def _chosen(table: _Table, columns: Columns) -> _Chosen:
+    """The columns of paths, labels and, if there is one, parts."""
+    names, file = table.names, table.file
+    path = _column(names, columns.image, PATH_COLUMNS, "image", file)
+    label = _column(names, columns.label, LABEL_COLUMNS, "label", file)
     if len(names) == 2 and (path is None or label is None):  # only two columns: a path and its label
         path = path if path is not None else (0 if label is None else 1 - label)
         label = 1 - path
-    split = _column(names, columns.split, SPLIT_COLUMNS, "split", table)
+    split = _column(names, columns.split, SPLIT_COLUMNS, "split", file)
+    if columns.split is None and split is not None:
+        if split in (_given(names, columns.image), _given(names, columns.label)) or _is_about_else(table, split):
+            split = None
+        elif label == split:  # one of two columns, but it gives the parts
+            label = None
     for found, what in ((path, "image"), (label, "label")):
         if found is None:
             raise DataError(
-                f"{table}: which column is the {what}? Its columns are {', '.join(names) or 'none'}; name it with data.columns.{what}"
+                f"{file}: which column is the {what}? Its columns are {', '.join(names) or 'none'}; name it with data.columns.{what}"
             )
     assert path is not None
     assert label is not None
-    return path, label, split
+    return _Chosen(path, label, split)
+
+
+def _given(names: Sequence[str], name: str | None) -> int | None:
+    """The position of a column that the settings name."""
+    return None if name is None else names.index(name)
+
+
+def _is_about_else(table: _Table, column: int) -> bool:
+    """Whether a column that was found by a usual name other than `split`, such as `set` or `part`,
+    holds something else: none of its values stands for a part of the data."""
+    return table.names[column].lower() != "split" and all(part_of(value) is None for value in set(table.cells(column)))
 
 
 def _column(names: Sequence[str], given: str | None, usual: Sequence[str], what: str, table: Path) -> int | None:

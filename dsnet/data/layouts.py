@@ -13,7 +13,15 @@ from functools import cache
 from pathlib import Path
 
 from dsnet.data.decoding import read_regular_file
-from dsnet.data.image_files import SetAside, Tree, masks_and_thumbnails, scan, suffix_counts
+from dsnet.data.image_files import (
+    SetAside,
+    Tree,
+    left_out_by,
+    masks_and_thumbnails,
+    notes_on_others,
+    scan,
+    suffix_counts,
+)
 from dsnet.data.settings import Part
 from dsnet.errors import DataError
 from dsnet.wording import plural
@@ -51,9 +59,11 @@ class Layout:
 class _Found:
     """Notes and unused files, collected during the walk through a folder."""
 
+    include: str | None = None
+    """As for `scan`."""
     notes: list[str] = field(default_factory=list)
     unused: list[Path] = field(default_factory=list)
-    """Files without the suffix of an image."""
+    """Files that do not count as images."""
 
 
 def part_of(name: str) -> Part | None:
@@ -82,7 +92,7 @@ def find_layout(root: Path, include: str | None = None) -> Layout:
     tree = scan(root, include)
     if tree.num_images == 0:
         raise DataError(_without_images(tree, include))
-    found = _Found()
+    found = _Found(include)
     inner = _inner(tree, found)
     folders = _part_folders(inner)
     parts: dict[Part, dict[str, Tree]] = _parts(inner, folders, found) if folders else {"train": _classes(inner, found)}
@@ -93,8 +103,7 @@ def find_layout(root: Path, include: str | None = None) -> Layout:
     files: dict[Part, Mapping[str, Sequence[Path]]] = {
         part: {name: _kept(each, aside) for name, each in classes.items()} for part, classes in parts.items()
     }
-    if found.unused:
-        found.notes.append(f"Not used, because they are no images: {suffix_counts(found.unused)}.")
+    found.notes += notes_on_others(found.unused, include)
     return Layout(files, (*found.notes, *aside.notes))
 
 
@@ -237,6 +246,11 @@ def _classes(tree: Tree, found: _Found) -> dict[str, Tree]:
             classes[folder.name] = folder
         elif not others or any(file.suffix.lower() not in _DOCUMENTS for file in others):
             held = f", only {suffix_counts(others)}" if others else ""
+            if left_out_by(others, found.include):
+                raise DataError(
+                    f"{folder.path}: no file in this class folder matches data.include {found.include!r} (holds {suffix_counts(others)}); "
+                    "write another pattern, or move the folder somewhere else"
+                )
             raise DataError(
                 f"{folder.path}: this class folder holds no images{held}; "
                 "put images of the class there, or move the folder somewhere else"

@@ -4,6 +4,7 @@ one where it lies."""
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,24 @@ def test_the_folder_may_come_from_the_environment(
     monkeypatch.setenv("DSNET_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("DSNET_DATA", str(folder))
     assert load_images("cifar10", image_size=16).image_shape == (3, 16, 16)
+
+
+def test_files_that_name_no_classes_are_told(folder: Path) -> None:
+    assert load(folder).notes == ()
+    rows = make_rows(10, first_seed=100)
+    for row in rows:
+        row["img"]["path"] = None
+    write(folder / "test.parquet", rows)
+    for _ in range(2):  # the second time the pixels come from the cache
+        (note,) = load(folder).notes
+        assert note.startswith(
+            "test.parquet: no names of classes, neither in the metadata nor in the paths of the images; those of CIFAR-10 are assumed "
+            "(0 airplane, 1 automobile, "
+        )
+    named = {"info": {"features": {"label": {"names": list(CLASS_NAMES), "_type": "ClassLabel"}}}}
+    table = pq.read_table(folder / "test.parquet").replace_schema_metadata({"huggingface": json.dumps(named)})
+    pq.write_table(table, folder / "test.parquet")
+    assert load(folder).notes == ()
 
 
 def test_decoded_pixels_are_cached_and_follow_the_files_content(folder: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dsnet.data.cache import ImageCache
-from dsnet.data.decoding import decode_rgb, image_suffixes, read_rgb
+from dsnet.data.decoding import decode_rgb, image_suffixes, is_stored_grey, read_rgb
 from dsnet.data.image_folder import list_image_folder, load_image_folder
 from dsnet.data.photos import PhotoDecoder
 from dsnet.data.settings import FileOptions
@@ -153,7 +154,6 @@ class TestHostileFiles:
         with pytest.raises(DataError, match=r"it has 32 GiB, more than the limit of 512 MiB"):
             read_rgb(file)
 
-    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
     def test_an_image_of_164_megapixels_is_refused_by_its_header(self) -> None:
         content = png(12_800, 12_800, 8, 2, b"\0")
         with pytest.raises(DataError, match=r"12800 x 12800 pixels, 164 million, more than the limit of 134 million"):
@@ -164,6 +164,64 @@ class TestHostileFiles:
     def test_a_bomb_is_refused_whatever_the_host_program_makes_of_warnings(self, side: int) -> None:
         with pytest.raises(DataError, match=r"more than the limit of 134 million"):
             decode_rgb(png(side, side, 8, 2, b"\0"), "large.png")
+
+    @pytest.mark.parametrize(("width", "height"), [(100_000_000, 1), (1, 100_000_000), (65_537, 9)])
+    def test_an_image_with_a_very_long_side_is_refused_by_its_header(self, width: int, height: int) -> None:
+        content = png(width, height, 8, 2, b"\0")
+        with pytest.raises(
+            DataError, match=rf"x\.png: the image has {width} x {height} pixels, but each side may have at most 65,536;"
+        ):
+            decode_rgb(content, "x.png")
+
+    @pytest.mark.parametrize("reason", ["", "out of memory"])
+    def test_a_lack_of_memory_is_an_error_of_the_file(self, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+        def load(_image: object) -> None:
+            raise MemoryError(reason)
+
+        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+        with pytest.raises(
+            DataError,
+            match=r"x\.png: the image does not decode: it needs more memory than there is; replace or remove it",
+        ):
+            decode_rgb(png(3, 3, 8, 2, b"\0"), "x.png")
+
+    def test_a_file_with_a_very_long_side_counts_as_broken(self, tmp_path: Path) -> None:
+        root = broken_folder(tmp_path / "photos")
+        (root / "a" / "03.png").write_bytes(png(100_000_000, 1, 8, 2, b"\0"))
+        listing = list_image_folder(root, FileOptions(skip_broken=2), ImageCache(tmp_path / "cache"))
+        assert dict(listing.skipped)["a/03.png"].startswith("the image has 100000000 x 1 pixels")
+
+
+@pytest.mark.parametrize("host", ["error", "always"])
+@pytest.mark.parametrize(("width", "height"), [(10_000, 9_500), (12_800, 12_800)])
+def test_pillow_does_not_warn_of_large_images(width: int, height: int, host: str) -> None:
+    """Both images are above Pillow's own limit; ours admits the first, which is cut off here."""
+    limit = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter(host, Image.DecompressionBombWarning)  # type: ignore[arg-type]
+        content = png(width, height, 1, 0, b"\0")
+        reason = "the file is truncated" if width == 10_000 else "more than the limit of 134 million"
+        with pytest.raises(DataError, match=reason):
+            decode_rgb(content, "large.png")
+        assert is_stored_grey(content)
+        assert not shown
+        with (
+            pytest.warns(Image.DecompressionBombWarning)
+            if host == "always"
+            else pytest.raises(  # the program's own
+                Image.DecompressionBombWarning
+            )
+        ):
+            Image.open(io.BytesIO(png(10_000, 9_500, 1, 0, b"\0")))
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_large_image_in_an_icon_is_refused_without_a_warning() -> None:
+    inner = png(12_800, 12_800, 1, 0, bytes(1601 * 12_800))
+    icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
+    with warnings.catch_warnings(record=True) as shown, pytest.raises(DataError, match=r"does not decode|134 million"):
+        decode_rgb(icon, "large.ico")
+    assert not [each for each in shown if issubclass(each.category, Image.DecompressionBombWarning)]
 
 
 def broken_folder(root: Path) -> Path:

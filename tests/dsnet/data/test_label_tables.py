@@ -75,7 +75,77 @@ def test_a_column_of_splits_gives_the_parts(root: Path) -> None:
     assert {names[row][:10] for row in splits.val} == {"Validation"}
     assert {names[row][:4] for row in splits.test} == {"test"}
     assert {names[row][:5] for row in [*splits.train, *splits.gate]} == {"train"}
-    assert source.notes[-1] == "Not used, because they have no row in labels.csv: 2 .jpg, 1 .png, 1 .webp."
+    assert source.notes[-2:] == (
+        'Labels are those in labels.csv: column "path" for paths, "label" for labels, "split" for parts.',
+        "Not used, because they have no row in labels.csv: 2 .jpg, 1 .png, 1 .webp.",
+    )
+
+
+def test_unknown_words_in_a_column_of_splits_are_refused(root: Path) -> None:
+    text = "path,label,Split\na/1.jpg,dog,train\nb/2.jpg,cat,train\na/3.png,dog,holdout\nb/4.webp,cat,holdout\n"
+    with pytest.raises(DataError) as refused:
+        listing(root, text)
+    assert str(refused.value) == (
+        f"{root / 'labels.csv'}, row 4: column 'Split' gives the part of each image, but it holds unknown values: 'holdout' (2 rows). "
+        "Known are train: train, training, trainset, train_set; val: val, valid, validation, dev, val_set; test: test, testing, "
+        "testset, test_set. Write one of these words in each row, name another column with data.columns.split, or rename the column if "
+        "it does not give parts"
+    )
+    with pytest.raises(
+        DataError, match=r"column 'Split' .*: 'holdout' \(2 rows\), '' \(1 row\), 'x' \(1 row\)\. Known"
+    ):
+        listing(root, text.replace("dog,train", "dog,").replace("cat,train", "cat,x"))
+    with pytest.raises(DataError, match=r"column 'part' .*: 'holdout' \(2 rows\)"):
+        listing(root, text.replace("Split", "part"))
+    with pytest.raises(DataError, match=r"column 'fold' .*: 'holdout' \(2 rows\)"):
+        listing(root, text.replace("Split", "fold"), split="fold")
+
+
+def test_a_column_of_splits_is_no_column_of_labels_unless_it_is_named(root: Path) -> None:
+    text = "path,split\na/1.jpg,train\nb/2.jpg,test\na/3.png,train\nb/4.webp,test\n"
+    with pytest.raises(DataError, match=r"which column is the label\? Its columns are path, split"):
+        listing(root, text)
+    found = listing(root, text, label="split")
+    assert (found.class_names, found.num_test) == (("test", "train"), None)
+    found = listing(root, text.replace("split", "part").replace("train", "wing").replace("test", "tail"))
+    assert found.class_names == ("tail", "wing")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "note"),
+    [
+        (
+            "fold",
+            ("train", "train", "test", "test"),
+            '"fold" is not used. Column "fold" holds names of parts (test, train): data.columns.split uses it.',
+        ),
+        ("fold", ("1", "2", "1", "2"), '"fold" is not used.'),
+        ("part", ("wing", "tail", "wing", "tail"), '"part" is not used.'),
+    ],
+)
+def test_columns_that_are_not_used_are_told(root: Path, column: str, values: tuple[str, ...], note: str) -> None:
+    lines = [f"{name},{label},{value}" for (name, label), value in zip(ROWS, values, strict=True)]
+    found = listing(root, "\n".join([f"path,label,{column}", *lines]))
+    assert labelled(found) == dict(ROWS)
+    assert (found.num_val, found.num_test) == (None, None)
+    assert found.notes == (
+        f'Labels are those in labels.csv: column "path" for paths, "label" for labels, none for parts; {note}',
+    )
+
+
+def test_of_many_columns_the_first_are_named_and_one_may_have_no_name(root: Path) -> None:
+    names = [f"x{number}" for number in range(9)]
+    text = "\n".join([",".join(["", "path", "label", *names]), *(f"0,{name},{label},7" for name, label in ROWS)])
+    (note,) = listing(root, text).notes
+    assert note.endswith(
+        'none for parts; number 1 (without a name), "x0", "x1", "x2", "x3", "x4", "x5", "x6", 2 more are not used.'
+    )
+
+
+def test_images_that_the_pattern_leaves_out_are_told(root: Path) -> None:
+    (root / "labels.csv").write_text("path,label\na/1.jpg,dog\nb/2.jpg,cat\n")
+    found = list_image_folder(root, FileOptions(labels="labels.csv", include="*.jpg"))
+    assert 'Not used, because data.include "*.jpg" leaves them out: 1 .png, 1 .webp.' in found.notes
 
 
 def test_other_labels_are_another_fingerprint(root: Path) -> None:

@@ -53,7 +53,9 @@ def test_a_validation_folder_is_val_beside_a_test_folder(tmp_path: Path, train: 
         put(tmp_path, *many(f"{folder}/cat", count), *many(f"{folder}/dog", count))
     found = splits_by_folder(tmp_path)
     assert found == {"train": {train: 72}, "gate": {train: 8}, "val": {val: 12}, "test": {"Test": 10}}
-    assert any("validation (12) gives val" in note for note in list_image_folder(tmp_path).in_words())
+    assert list_image_folder(tmp_path).in_words() == (
+        "The data has parts: train (80) is divided into train and gate; validation (12) gives val; test (10) gives test.",
+    )
 
 
 def test_without_a_test_folder_the_validation_folder_is_divided_into_val_and_test(tmp_path: Path) -> None:
@@ -151,6 +153,27 @@ def test_other_files_are_counted_by_suffix(tmp_path: Path) -> None:
     assert len(listing.files) == 4
     assert listing.notes[-1] == "Not used, because they are no images: 3 .heic, 2 .xml, 1 without suffix, 1 .csv."
     assert any("belong to no class: 1 .png" in note for note in listing.notes)
+
+
+def test_images_that_the_pattern_leaves_out_are_told_apart_from_other_files(tmp_path: Path) -> None:
+    put(tmp_path, *many("cat", 2, "png"), *many("dog", 2, "png"), *many("cat", 3), "dog/notes.txt", "cat/1.JPEG")
+    listing = list_image_folder(tmp_path, FileOptions(include="*.png"))
+    assert listing.notes == (
+        'Not used, because data.include "*.png" leaves them out: 3 .jpg, 1 .jpeg.',
+        "Not used, because they are no images: 1 .txt.",
+    )
+    put(tmp_path, *many("cow", 2))
+    with pytest.raises(
+        DataError,
+        match=r"cow: no file in this class folder matches data\.include '\*\.png' \(holds 2 \.jpg\); write another",
+    ):
+        list_image_folder(tmp_path, FileOptions(include="*.png"))
+
+
+def test_the_only_folder_with_images_and_a_pattern(tmp_path: Path) -> None:
+    put(tmp_path, *many("all/cat", 2, "png"), *many("all/dog", 2, "png"), "other/1.jpg")
+    listing = list_image_folder(tmp_path, FileOptions(include="*.png"))
+    assert 'Not used, because data.include "*.png" leaves them out: 1 .jpg.' in listing.notes
 
 
 @pytest.mark.parametrize(
