@@ -356,10 +356,14 @@ class RunResults:
     def _added_metrics(self, subnet: MeasuredSubnet) -> dict[str, float]:
         """Values of `dsnet.metrics.added_metrics` for a static sub-network on `val`; empty before
         the table stage, and for the teacher, which the routing table does not have."""
-        if subnet.is_teacher or not self.is_done("table"):
+        table = self._val_table_if_done
+        if table is None or subnet.is_teacher:
             return {}
-        table = self.val_table
         return added_values(static_run(table, table.routes.index(subnet.name)), table)
+
+    @cached_property
+    def _val_table_if_done(self) -> RoutingTable | None:
+        return self.val_table if self.is_done("table") else None
 
     @cached_property
     def val_table(self) -> RoutingTable:
