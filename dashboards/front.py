@@ -26,6 +26,7 @@ from dashboards.theme import (
     colour_bar,
     dressed,
     finite,
+    metric_value,
     note,
     percent,
     plain,
@@ -33,6 +34,7 @@ from dashboards.theme import (
     router_symbol,
 )
 from dashboards.thinning import thinned
+from dsnet.metrics import is_share, metric_noun
 from dsnet.wording import signed
 from search.front.points import METRIC_PREFIX
 
@@ -58,7 +60,7 @@ class StaticPoint:
     top1: float
     latency_ms: float | None = None
     further: float | None = None
-    """The objective beside top-1 and MAdds, in the unit that its name says."""
+    """The objective beside top-1 and MAdds, as `Further.metric` says."""
     supernet: str | None = None
     """Its supernet, in a sweep of several supernets."""
 
@@ -84,7 +86,7 @@ class DynamicPoint:
     is_feasible: bool = True
     """Whether all constraints hold; only feasible points may be on the front."""
     further: float | None = None
-    """The objective beside top-1 and MAdds, in the unit that its name says."""
+    """The objective beside top-1 and MAdds, as `Further.metric` says."""
     supernet: str | None = None
     """Its supernet, in a sweep of several supernets."""
     ties: tuple[str, ...] = ()
@@ -163,6 +165,21 @@ class Further:
     def is_latency(self) -> bool:
         """Whether the objective is a latency, which gets its own row."""
         return self.metric.startswith("latency_ms")
+
+    @property
+    def title(self) -> str:
+        """Title of its axis or colour bar, with the unit."""
+        unit = " (ms)" if self.is_latency else " (%)" if is_share(self.metric) else ""
+        return f"{plain(metric_noun(self.metric))}{unit}"
+
+    def plotted(self, value: float | None) -> float | None:
+        """A value in the unit of `title`."""
+        return None if value is None else 100 * value if is_share(self.metric) else value
+
+    def text(self, value: float | None) -> str:
+        """The metric and its value for a hover text."""
+        known = "not known" if value is None else metric_value(self.metric, value)
+        return f"{plain(metric_noun(self.metric))} {known}"
 
 
 @dataclass(frozen=True)
@@ -327,7 +344,7 @@ def front_figure(info: FrontInfo) -> go.Figure:
     figure.update_xaxes(range=list(frame.madds_m), title_text="mean MAdds per image (M)", row=1)
     if has_latency:
         assert info.further is not None
-        figure.update_xaxes(range=_latency_range(panels), title_text=f"{plain(info.further.metric)} (ms)", row=2)
+        figure.update_xaxes(range=_latency_range(panels), title_text=info.further.title, row=2)
     figure.update_yaxes(range=list(frame.top1_percent))
     figure.update_yaxes(title_text="top-1 accuracy (%)", col=1)
     if info.further is not None:
@@ -340,14 +357,14 @@ def front_figure(info: FrontInfo) -> go.Figure:
 def _colour_axis(info: FrontInfo) -> dict[str, Any]:
     """The common colour scale of all panels, dark where the objective is better."""
     assert info.further is not None
-    values = [p.further for panel in info.panels for p in panel.front if p.further is not None]
-    unit = " (ms)" if info.further.is_latency else ""
+    drawn = (info.further.plotted(p.further) for panel in info.panels for p in panel.front)
+    values = [value for value in drawn if value is not None]
     return {
         "colorscale": "Cividis",
         "reversescale": info.further.goal == "maximize",
         "cmin": min(values, default=0.0),
         "cmax": max(values, default=1.0),
-        "colorbar": colour_bar(f"{plain(info.further.metric)}{unit}"),
+        "colorbar": colour_bar(info.further.title),
     }
 
 
@@ -491,7 +508,7 @@ def _front(panel: FrontPanel, kind: str, cost: Cost, further: Further | None) ->
     if further is None:
         marker["color"] = BLUE
     else:
-        marker |= {"color": [p.further for p in points], "coloraxis": "coloraxis", "size": 11}
+        marker |= {"color": [further.plotted(p.further) for p in points], "coloraxis": "coloraxis", "size": 11}
     return _marks(
         f"front: {plain(router_name(kind))}",
         points,
@@ -555,7 +572,7 @@ def _hover(point: Point, panel: FrontPanel, further: Further | None) -> str:
     lines.append(f"{point.madds_m:.4g} M MAdds")
     lines.append("latency not measured" if point.latency_ms is None else f"{point.latency_ms:.3g} ms")
     if further is not None and further.metric != "latency_ms":
-        lines.append(f"{plain(further.metric)} {'not known' if point.further is None else f'{point.further:.4g}'}")
+        lines.append(further.text(point.further))
     if isinstance(point, DynamicPoint):
         lines += _findings(point)
         lines += [f"{plain(name)} = {_shown(value)}" for name, value in point.params if name != ROUTER_PARAM]

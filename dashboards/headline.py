@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from dashboards.theme import SIGN_KINDS, percent, router_name, significant
+from dashboards.theme import SIGN_KINDS, metric_value, percent, router_name, significant
+from dsnet.metrics import metric_noun
 from dsnet.wording import signed
 from search.front.statistics import significant_sign
 
@@ -107,6 +108,8 @@ class Row:
     further: tuple[tuple[str, float], ...] = ()
     """Objectives beside top-1 and MAdds: (metric, value on the split on which the front was
     chosen)."""
+    further_reported: tuple[tuple[str, float], ...] = ()
+    """Those of them whose value on the sealed split is known: (metric, value)."""
     supernet: str | None = None
     """Its supernet, in a sweep of several supernets."""
 
@@ -288,7 +291,12 @@ def _madds_cell(row: Row, headline: Headline) -> str:
     if row.reported is not None:
         value = f"{significant(row.chosen.madds_m)} → {value}"
     beside = [_share_of(row, headline.baseline)]
-    beside += [f"{name} {significant(number)} on {headline.chosen_split}" for name, number in row.further]
+    reported = dict(row.further_reported)
+    for name, number in row.further:
+        text = f"{metric_noun(name)} {metric_value(name, number, significant)} on {headline.chosen_split}"
+        if name in reported:
+            text += f", {metric_value(name, reported[name], significant)} on {headline.reported_split}"
+        beside.append(text)
     return _number(value, *beside)
 
 

@@ -24,6 +24,7 @@ from dashboards.structure import StructureInfo, channels_figure, search_figure
 from dashboards.theme import significant
 from dashboards.training import TrainingInfo, training_figure
 from dashboards.widths import WidthsInfo, widths_figure
+from dsnet.metrics import metric_noun
 from dsnet.wording import plural
 
 MAX_ENDINGS: Final = 12
@@ -166,7 +167,7 @@ def _front_section(data: ReportData) -> str:
     if data.front is None:
         return _section("The front", caption, _empty("No trial has finished yet."))
     if data.front.further is not None:
-        caption += f" Colour on the front shows {data.front.further.metric}, the objective beside top-1 and MAdds."
+        caption += f" Colour on the front shows {metric_noun(data.front.further.metric)}, the objective beside top-1 and MAdds."
     if data.constraints:
         caption += " Grey crosses are trials that violate a constraint."
     if data.training_cost:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from dsnet.metrics import is_share
 from dsnet.routers.kinds import router_kinds
 
 # Okabe and Ito's palette, readable with every common form of colour blindness.
@@ -118,6 +120,11 @@ def percent(fraction: float, digits: int = 1) -> str:
     """A fraction as displayed: 0.9634 -> '96.3 %'; never '-0 %'."""
     text = f"{100 * fraction:.{digits}f}"
     return f"{text if float(text) else text.removeprefix('-')} %"
+
+
+def metric_value(name: str, value: float, number: Callable[[float], str] = "{:.4g}".format) -> str:
+    """A metric's value as displayed: a share in percent, otherwise by `number`."""
+    return percent(value) if is_share(name) else number(value)
 
 
 def significant(value: float) -> str:

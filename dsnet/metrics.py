@@ -19,6 +19,9 @@ DEVICE_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]{0,31}"
 LATENCY_NAME = re.compile(rf"latency_ms(_batch[1-9]\d*)?(\.{DEVICE_NAME_PATTERN})?")
 """Latency has a name for each batch size and device: `latency_ms`, `latency_ms_batch64.server`."""
 
+PERCENT = "\u00a0%"
+"""End of the labels of metrics that are shown in percent."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -36,6 +39,11 @@ class Metric:
     """`of_run(run, table)`: its value for a `dsnet.routing.table_run.TableRun` on the
     `dsnet.routing.routing_table.RoutingTable` of a split. A static sub-network is the run in which
     every image takes its route. None for metrics that the program computes elsewhere."""
+
+    @property
+    def noun(self) -> str:
+        """The label without the unit, for texts in which the number has the unit."""
+        return self.label.removesuffix(PERCENT)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -75,6 +83,26 @@ def find_metric(name: str) -> Metric | None:
     return metrics().get(name)
 
 
+def metric_label(name: str) -> str:
+    """Header of a metric's column, with its unit; the name where no such metric is registered, as
+    for a run of a plugin that is not loaded."""
+    found = find_metric(name)
+    return name if found is None else found.label
+
+
+def metric_noun(name: str) -> str:
+    """The label of a metric without its unit: "balanced top-1"; the name where no such metric is
+    registered."""
+    found = find_metric(name)
+    return name if found is None else found.noun
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a fraction from 0 to 1, shown in percent."""
+    found = find_metric(name)
+    return found is not None and found.is_share
+
+
 def share_names() -> frozenset[str]:
     """Names of the metrics that are fractions from 0 to 1."""
     return frozenset(name for name, metric in metrics().items() if metric.is_share)
@@ -83,6 +111,12 @@ def share_names() -> frozenset[str]:
 def added_metrics() -> Mapping[str, Callable[[Any, Any], float]]:
     """Name -> `of_run` of the metrics that plugins add."""
     return {name: metric.of_run for name, metric in metrics().items() if metric.of_run is not None}
+
+
+def added_values(run: Any, table: Any) -> dict[str, float]:
+    """The values of `added_metrics` for a `dsnet.routing.table_run.TableRun`, of a router or of a
+    static sub-network, on its `dsnet.routing.routing_table.RoutingTable`."""
+    return {name: float(of_run(run, table)) for name, of_run in added_metrics().items()}
 
 
 for _metric in (

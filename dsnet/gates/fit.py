@@ -30,7 +30,7 @@ from dsnet.gates.problem import (
 )
 from dsnet.gates.settings import GateSettings
 from dsnet.gates.tree import NUM_EXTRA_POOLINGS, PricedTree
-from dsnet.metrics import added_metrics
+from dsnet.metrics import added_values
 from dsnet.routers.base import CalibratedHead, Router
 from dsnet.routers.cascade import CASCADE_EVIDENCE, CascadeRouter, num_answer_features
 from dsnet.routers.head import Head
@@ -435,5 +435,5 @@ def score_run(run: TableRun, table: RoutingTable) -> dict[str, float]:
         "p95_madds_m": float(np.percentile(run.madds, 95) / 1e6),
         "route_entropy": float(-(used * np.log(used)).sum()) + 0.0,
         "max_route_share": float(share.max()),
-        **{name: float(of_run(run, table)) for name, of_run in added_metrics().items()},
+        **added_values(run, table),
     }

@@ -12,6 +12,7 @@ from orchestration.commands.plan_view import forecast_text, say_row, show_data, 
 from orchestration.commands.tables import Column
 from orchestration.commands.terminal import (
     INDENT,
+    FurtherColumns,
     driver_text,
     front_rows,
     is_running,
@@ -108,8 +109,8 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
             "none of these gates is on the front; `dsnet-orch trials` lists all trials, and `dsnet-orch export --pick` exports any of them"
         )
         return
-    further = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
-    numbers = ("top-1\u00a0% val", "top-1\u00a0% test [95\u00a0%]", "MAdds M val", *(f"{name} val" for name in further))
+    further = FurtherColumns.of(results.config.metrics, map(_test_metrics, rows))
+    numbers = ("top-1\u00a0% val", "top-1\u00a0% test [95\u00a0%]", "MAdds M val", *further.titles)
     columns = ("supernet", "gate", "router", *numbers)
     lines = [
         (
@@ -119,7 +120,7 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
             percent(row["val"]["top1"]),
             _on_test(row),
             f"{row['val']['madds_m']:.4g}",
-            *(f"{row['val'][name]:.4g}" for name in further),
+            *further.cells(row["val"], _test_metrics(row)),
         )
         for row in rows
     ]
@@ -139,6 +140,12 @@ def _on_test(row: Mapping[str, Any]) -> str:
         return "-"
     top1 = analysis["top1"]
     return f"{100 * top1['value']:.1f} [{100 * top1['low']:.1f}, {100 * top1['high']:.1f}]"
+
+
+def _test_metrics(row: Mapping[str, Any]) -> Mapping[str, float]:
+    """The metrics of a gate on `test`; empty if it did not run there."""
+    metrics: Mapping[str, float] = row.get("test_analysis", {}).get("metrics", {})
+    return metrics
 
 
 def _show_openings(results: SupernetSweepResults) -> None:

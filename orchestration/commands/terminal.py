@@ -8,8 +8,8 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,7 +19,7 @@ from dsnet.data.settings import FEW_IMAGES
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.measure.latency_table import latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
-from dsnet.metrics import find_metric
+from dsnet.metrics import is_share, metric_label
 from dsnet.wording import duration, plural, signed
 from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
@@ -264,18 +264,54 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
         _show_verified(results, results.verified, rows)
 
 
-def _further_metrics(results: RunResults) -> list[str]:
-    """The objectives other than top-1 and MAdds."""
-    return [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
+@dataclass(frozen=True)
+class FurtherColumns:
+    """The columns of a front's table for the objectives other than top-1 and MAdds."""
+
+    metrics: tuple[str, ...]
+    on_test: frozenset[str]
+    """Those that also have a column for `test`."""
+
+    @classmethod
+    def of(cls, objectives: Iterable[Any], tested: Iterable[Mapping[str, float]] = ()) -> FurtherColumns:
+        """The columns for the objectives of a configuration.
+
+        Args:
+            objectives: `metrics` of the configuration.
+            tested: the metrics of gates on `test`, as far as they are known.
+        """
+        names = tuple(metric.name for metric in objectives if metric.name not in ("top1", "madds_m"))
+        known = {name for metrics in tested for name in metrics}
+        return cls(names, frozenset(names) & known)
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """The title of each column."""
+        return tuple(
+            f"{metric_label(name)} {split}" for name in self.metrics for split in ("val", *self._further_split(name))
+        )
+
+    def cells(self, val: Mapping[str, float], test: Mapping[str, float]) -> tuple[str, ...]:
+        """The texts of a row, from its metrics on `val` and on `test`; '-' for a value that is not
+        known."""
+        return tuple(
+            metric_text(name, metrics.get(name))
+            for name in self.metrics
+            for metrics in (val, *(test for _ in self._further_split(name)))
+        )
+
+    def _further_split(self, name: str) -> tuple[str, ...]:
+        return ("test",) if name in self.on_test else ()
 
 
 def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> None:
-    further = _further_metrics(results)
+    further = FurtherColumns.of(results.config.metrics)
     lines = [
         (
             row["name"],
             row["router"],
-            *(metric_text(name, row["val"].get(name)) for name in ("top1", "madds_m", *further)),
+            *(metric_text(name, row["val"].get(name)) for name in ("top1", "madds_m")),
+            *further.cells(row["val"], {}),
         )
         for row in rows
     ]
@@ -285,7 +321,7 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
         if not results.records:
             tell(f"no trial has finished yet; continue with: {launch_command(results.config, results.run.sweep_yaml)}")
         return
-    show_table(("gate", "router", "top-1\u00a0% val", "MAdds M", *further), lines, title, num_left=2)
+    show_table(("gate", "router", "top-1\u00a0% val", "MAdds M", *further.titles), lines, title, num_left=2)
 
 
 def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -294,7 +330,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     size = max(verified.latency.gates)
     widest_ms = verified.latency.widest[size].median_ms
     baseline = verified.test.routes.index(results.widest.name)
-    further = _further_metrics(results)
+    further = FurtherColumns.of(results.config.metrics, (point.metrics for point in verified.test.points))
     static_madds = [f"{analysis.static_madds_m[baseline]:.4g}" for analysis in (verified.val, verified.test)]
     reached: list[tuple[str, ...]] = [
         (
@@ -303,7 +339,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
             percent(verified.val.static_top1[baseline].value),
             _interval(verified.test.static_top1[baseline]),
             *static_madds,
-            *("" for _ in further),
+            *further.cells(results.baseline, verified.test.static_metrics(results.widest.name)),
             f"{widest_ms:.2f}",
             "1.00x",
         )
@@ -324,7 +360,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
                 _interval(point.top1),
                 f"{before.metrics['madds_m']:.4g}",
                 f"{point.metrics['madds_m']:.4g}",
-                *(metric_text(metric, row["val"].get(metric)) for metric in further),
+                *further.cells(row["val"], point.metrics),
                 f"{gate_ms:.2f}",
                 f"{widest_ms / gate_ms:.2f}x",
             )
@@ -349,7 +385,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         Column("top-1\u00a0% test [95\u00a0%]"),
         Column("MAdds M val", drop=3),
         Column("MAdds M test"),
-        *(Column(f"{metric} val") for metric in further),
+        *map(Column, further.titles),
         Column(f"ms/batch {size}", drop=2),
         Column("speed-up", drop=1),
     )
@@ -368,7 +404,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     )
     titles |= show_table(("gate, on test", *columns), standing)
     slots = [row["slot"] for row in shown]
-    has_latencies = len(verified.latencies) > 1 or any(metric.startswith("latency_ms") for metric in further)
+    has_latencies = len(verified.latencies) > 1 or any(metric.startswith("latency_ms") for metric in further.metrics)
     if has_latencies:
         say()
         _show_latencies(verified, slots)
@@ -384,7 +420,8 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
 
 
 def _gate_lines(verified: Verified, slots: Sequence[int], titles: Collection[str]) -> list[str]:
-    """Lines that explain the marks and the speed-up of gates, as far as the table shows them."""
+    """Lines that explain the marks, the speed-up and the mean over classes, as far as the table
+    shows them."""
     lines = []
     if any(point.is_collapsed for point in verified.test.points if point.slot in slots):
         lines.append(
@@ -398,6 +435,8 @@ def _gate_lines(verified: Verified, slots: Sequence[int], titles: Collection[str
             f"speed-up: latency of the widest static sub-network over that of the gate, at batch size {size}; at most "
             f"{most:.2f}x, which the cheapest static sub-network has"
         )
+    if any(title.startswith(metric_label("balanced_top1")) for title in titles):
+        lines.append("balanced top-1: mean over the classes of the top-1 within each class")
     return lines
 
 
@@ -682,18 +721,14 @@ def _say_reasons(trials: Sequence[ListedTrial]) -> None:
 
 def metric_head(name: str) -> str:
     """The title of a metric's column."""
-    found = find_metric(name)
-    if found is None:
-        return name
-    return f"{found.label} val" if found.is_share else found.label
+    return f"{metric_label(name)} val" if is_share(name) else metric_label(name)
 
 
 def metric_text(name: str, value: float | None) -> str:
     """A metric for display: accuracies in percent; '-' if there is none."""
     if value is None or math.isnan(value):
         return "-"
-    found = find_metric(name)
-    return percent(value) if found is not None and found.is_share else f"{value:.4g}"
+    return percent(value) if is_share(name) else f"{value:.4g}"
 
 
 def short(value: Any) -> str:

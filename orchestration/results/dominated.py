@@ -94,6 +94,5 @@ def _compared(name: str, static: float, gate: float) -> str:
     """A metric of the static sub-network, with its unit, and of the gate."""
     found = find_metric(name)
     if found is not None and found.is_share:
-        unit = found.label.removesuffix("\u00a0%")
-        return f"{100 * static:.1f} % {unit} (gate: {100 * gate:.1f} %)"
+        return f"{100 * static:.1f} % {found.noun} (gate: {100 * gate:.1f} %)"
     return f"{static:.4g} {UNITS.get(name, name)} (gate: {gate:.4g})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json_lines, understood
 from dsnet.measure.latency_table import LatencyTable, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
-from dsnet.metrics import top1_by_class
+from dsnet.metrics import metric_noun, top1_by_class
 from dsnet.routing.table_routing import run_on_table
 from dsnet.routing.table_run import static_run
 from dsnet.wording import plural
@@ -188,7 +188,9 @@ def _objective_notes(results: RunResults) -> tuple[str, ...]:
     drawn = "the figure shows top-1 against MAdds"
     further = further_objective(results)
     if further is not None:
-        drawn += f", with {further.metric} as colour" + (" and in a row of its own" if further.is_latency else "")
+        drawn += f", with {metric_noun(further.metric)} as colour" + (
+            " and in a row of its own" if further.is_latency else ""
+        )
     return (f"The front was chosen by {', '.join(names[:-1])} and {names[-1]}; {drawn}.",)
 
 
@@ -252,7 +254,7 @@ def headline(results: RunResults) -> Headline:
         pairs = zip(verified.val.points, verified.test.points, strict=True)
         rows = tuple(_row(results, verified, chosen, reported) for chosen, reported in pairs)
     return Headline(
-        baseline=None if verified is None else _baseline(verified),
+        baseline=None if verified is None else _baseline(results, verified),
         rows=tuple(sorted(rows, key=lambda row: row.chosen.madds_m)),
         knee=None if knee is None else trial_name(knee),
         optimism=None if found is None else _estimate(found),
@@ -299,15 +301,15 @@ def _row(results: RunResults, verified: Verified, chosen: PointAnalysis, reporte
         max_route_share=reported.metrics["max_route_share"],
         is_collapsed=reported.is_collapsed,
         router=reported.router,
-        further=_further_values(results, chosen.slot),
+        further=_further_values(results, results.record(chosen.slot).metrics),
+        further_reported=_further_values(results, reported.metrics),
     )
 
 
-def _further_values(results: RunResults, slot: int) -> tuple[tuple[str, float], ...]:
-    """The measured objectives other than top-1 and MAdds."""
-    metrics = results.record(slot).metrics
+def _further_values(results: RunResults, metrics: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """The objectives other than top-1 and MAdds, as far as they are among the metrics."""
     names = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
-    return tuple((name, metrics[name]) for name in names)
+    return tuple((name, metrics[name]) for name in names if name in metrics)
 
 
 def _unverified_row(results: RunResults, slot: int) -> Row:
@@ -320,7 +322,7 @@ def _unverified_row(results: RunResults, slot: int) -> Row:
         max_route_share=metrics["max_route_share"],
         is_collapsed=is_collapsed(metrics),
         router=results.router_kind(slot),
-        further=_further_values(results, slot),
+        further=_further_values(results, metrics),
     )
 
 
@@ -329,7 +331,7 @@ def _wilson(results: RunResults, top1: float) -> tuple[float, float]:
     return wilson_interval(round(top1 * results.num_val), results.num_val)
 
 
-def _baseline(verified: Verified) -> Row:
+def _baseline(results: RunResults, verified: Verified) -> Row:
     widest = int(np.argmax(verified.val.static_madds_m))
     scores = [
         Scores(top1=_estimate(analysis.static_top1[widest]), madds_m=analysis.static_madds_m[widest])
@@ -343,6 +345,8 @@ def _baseline(verified: Verified) -> Row:
         chosen=scores[0],
         reported=scores[1],
         latency=Latency(size, widest_ms, widest_ms, latency.cheapest[size].median_ms),
+        further=_further_values(results, results.baseline),
+        further_reported=_further_values(results, verified.test.static_metrics(results.widest.name)),
     )
 
 

@@ -6,6 +6,7 @@ What needs torch is imported where it is used, so that lists and tables do not w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from dsnet.errors import CheckpointError, ConfigError, NotFoundError
 from dsnet.files import known_sha256, read_object, read_sealed, read_stored, reading, understood
 from dsnet.measure.latency_table import BatchClock, LatencyTable, device_of, latency_metric
 from dsnet.measure.settings import MAIN_DEVICE
-from dsnet.metrics import added_metrics
+from dsnet.metrics import added_values
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_run import static_run
 from dsnet.space.spec import SupernetSpec
@@ -350,17 +351,19 @@ class RunResults:
 
     def static_metrics(self, subnet: MeasuredSubnet) -> dict[str, float]:
         """Every metric of a static sub-network on `val`."""
-        return static_metrics(subnet, self.latencies) | self._added_metrics(subnet.name)
+        return static_metrics(subnet, self.latencies) | self._added_metrics(subnet)
 
-    def _added_metrics(self, name: str) -> dict[str, float]:
-        """Metrics that plugins add, for a static sub-network on `val`; empty before the table
-        stage."""
-        added = added_metrics()
-        if not added or not self.is_done("table"):
+    def _added_metrics(self, subnet: MeasuredSubnet) -> dict[str, float]:
+        """Values of `dsnet.metrics.added_metrics` for a static sub-network on `val`; empty before
+        the table stage, and for the teacher, which the routing table does not have."""
+        table = self._val_table_if_done
+        if table is None or subnet.is_teacher:
             return {}
-        table = self.val_table
-        run = static_run(table, table.routes.index(name))
-        return {metric: float(of_run(run, table)) for metric, of_run in added.items()}
+        return added_values(static_run(table, table.routes.index(subnet.name)), table)
+
+    @cached_property
+    def _val_table_if_done(self) -> RoutingTable | None:
+        return self.val_table if self.is_done("table") else None
 
     @cached_property
     def val_table(self) -> RoutingTable:
@@ -498,7 +501,10 @@ class RunResults:
                 [subnet.madds for subnet in members],
                 top5=[subnet.top5 for subnet in members],
                 params=[subnet.params for subnet in members],
-                latencies=self._static_latencies([subnet.name for subnet in members]),
+                metrics={
+                    **self._static_latencies([subnet.name for subnet in members]),
+                    **_columns([self._added_metrics(subnet) for subnet in members]),
+                },
             )
         completed = self.completed
         rows += gate_points(
@@ -541,7 +547,7 @@ class RunResults:
             [1e6 * cost for cost in test.static_madds_m],
             top5=test.static_top5,
             params=[params[name] for name in test.routes],
-            latencies=self._static_latencies(test.routes),
+            metrics={**self._static_latencies(test.routes), **_columns(test.static_added)},
         )
         metrics = [
             {
@@ -558,6 +564,12 @@ class RunResults:
                 madds_m, top1 = getattr(analysis, f"{name}_madds_m"), getattr(analysis, f"{name}_top1")
                 rows += control_points(analysis.split, name, [1e6 * cost for cost in madds_m], top1)
         return rows
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """The values of K rows by column, each [K]; NaN where a row has no value."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name, math.nan) for row in rows] for name in names}
 
 
 def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, percent, router_name, significant
 from dsnet.files import read_stored
+from dsnet.metrics import added_metrics
 from dsnet.stored.names import FINAL
 from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.structure.stage import BASES
@@ -19,7 +20,7 @@ from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.exported import exported_bundles
-from orchestration.results.measured import MeasuredSubnet, static_metrics
+from orchestration.results.measured import MeasuredSubnet
 from orchestration.results.mlflow_store import store_uri, whole_sweep
 from orchestration.results.report import front_info, headline, training_notes
 from orchestration.results.run import RunResults
@@ -272,13 +273,12 @@ def _static_on_test(results: RunResults) -> dict[str, dict[str, float]]:
     if results.verified is None:
         return {}
     test = results.verified.test
-    columns = zip(test.routes, test.static_top1, test.static_top5, test.static_madds_m, strict=True)
-    return {name: {"top1": top1.value, "top5": top5, "madds_m": cost} for name, top1, top5, cost in columns}
+    return {name: test.static_metrics(name) for name in test.routes}
 
 
 def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> Mapping[str, float | None]:
     """The metrics of a static sub-network, under the names that trials use."""
-    return static_metrics(subnet, results.latencies)
+    return results.static_metrics(subnet)
 
 
 def trial_row(
@@ -323,7 +323,8 @@ def _described(what: str, metrics: Mapping[str, float | None], on_test: Mapping[
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": metrics[name] for name in ("top1", "top5", "madds_m", "p95_madds_m") if name in metrics}
+    names = ("top1", "top5", "madds_m", "p95_madds_m", *added_metrics())
+    return {f"{prefix}/{name}": metrics[name] for name in names if name in metrics}
 
 
 def by_cost(prefix: str, rows: Iterable[Mapping[str, float | None]], time_ms: int) -> list[CurvePoint]:

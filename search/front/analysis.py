@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from dsnet.gates.fit import score_run
 from dsnet.gates.settings import COLLAPSE_SHARE
+from dsnet.metrics import added_values
 from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
-from dsnet.routing.table_run import TableRun
+from dsnet.routing.table_run import TableRun, static_run
 from search.front.analysis_records import BudgetPick, Interval, PointAnalysis, RouterShare, SplitAnalysis
 from search.front.ceiling import CeilingCurve, RouteForecast
 from search.front.controls import (
@@ -124,6 +125,7 @@ def analyse_split(
         mean_top1=_mean_top1(controls, list(runs.values())),
         routers=router_shares(controls, contenders),
         class_counts=tuple(_class_counts(reported, run.routes, num_classes) for run in runs.values()),
+        static_added=tuple(added_values(static_run(reported, route), reported) for route in range(reported.num_routes)),
     )
 
 

@@ -197,6 +197,23 @@ class SplitAnalysis:
     """Every kind of router that the sweep has tried, at those budgets."""
     class_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """[points][classes][routes] numbers of images."""
+    static_added: tuple[Mapping[str, float], ...] = ()
+    """[routes] values of `dsnet.metrics.added_metrics` (`balanced_top1` and metrics of plugins) by
+    name; empty in results of earlier releases."""
+
+    def static_metrics(self, name: str) -> dict[str, float]:
+        """The metrics of a static sub-network on this split, under the names that trials use.
+
+        Those that the release which wrote the results did not compute are missing.
+        """
+        index = self.routes.index(name)
+        return {
+            "top1": self.static_top1[index].value,
+            "top5": self.static_top5[index],
+            "madds_m": self.static_madds_m[index],
+            "p95_madds_m": self.static_madds_m[index],
+            **(self.static_added[index] if self.static_added else {}),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping."""

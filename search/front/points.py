@@ -63,7 +63,7 @@ def subnet_points(
     *,
     top5: Sequence[float] | None = None,
     params: Sequence[float] | None = None,
-    latencies: Mapping[str, Sequence[float]] | None = None,
+    metrics: Mapping[str, Sequence[float]] | None = None,
 ) -> list[PointRow]:
     """Rows of K static sub-networks.
 
@@ -74,12 +74,13 @@ def subnet_points(
         madds: absolute MAdds.
         top5: fractions; columns that are not given are None.
         params: absolute numbers of parameters.
-        latencies: milliseconds by the metric's name, each [K].
+        metrics: further metrics by name, each [K]: latencies in milliseconds, and those of
+            `dsnet.metrics.added_metrics`; NaN where a value is not known.
     """
-    timed = latencies or {}
-    rows_ms = [dict(zip(timed, values, strict=True)) for values in zip(*timed.values(), strict=True)]
+    further = metrics or {}
+    by_row = [dict(zip(further, values, strict=True)) for values in zip(*further.values(), strict=True)]
     missing: list[None] = [None] * len(names)
-    columns = zip(names, top1, madds, top5 or missing, params or missing, rows_ms or missing, strict=True)
+    columns = zip(names, top1, madds, top5 or missing, params or missing, by_row or missing, strict=True)
     return [
         _row(
             kind="subnet",
@@ -90,9 +91,10 @@ def subnet_points(
             madds_m=float(cost) / 1e6,
             p95_madds_m=float(cost) / 1e6,  # every image costs the same
             params_m=None if size is None else float(size) / 1e6,
-            **_latencies(timings or {}),
+            **_latencies(values or {}),
         )
-        for name, accuracy, cost, accuracy5, size, timings in columns
+        | _added(values or {})
+        for name, accuracy, cost, accuracy5, size, values in columns
     ]
 
 
@@ -130,7 +132,7 @@ def gate_points(
             is_feasible=bool(holds),
             **_latencies(values),
         )
-        | {METRIC_PREFIX + name: float(values[name]) for name in added_metrics() if name in values}
+        | _added(values)
         | {PARAM_PREFIX + key: value for key, value in settings.items()}
         for slot, values, settings, front, holds in zip(slots, metrics, params, is_front, feasible, strict=True)
     ]
@@ -150,6 +152,15 @@ def control_points(split: str, name: str, madds: ArrayLike, top1: ArrayLike) -> 
 def _latencies(metrics: Mapping[str, float]) -> dict[str, float]:
     """All latencies among metrics, except for those that are NaN."""
     return {name: float(value) for name, value in metrics.items() if _is_latency(name) and not math.isnan(value)}
+
+
+def _added(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The columns of `dsnet.metrics.added_metrics`, except for those that are missing or NaN."""
+    return {
+        METRIC_PREFIX + name: float(metrics[name])
+        for name in added_metrics()
+        if name in metrics and not math.isnan(metrics[name])
+    }
 
 
 def _is_latency(column: str) -> bool:

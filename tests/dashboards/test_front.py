@@ -186,6 +186,26 @@ def test_a_third_objective_that_is_no_latency_has_a_colour_but_no_row() -> None:
     assert figure.layout.coloraxis.colorbar.title.text == "params_m"
 
 
+def test_a_further_accuracy_is_shown_in_percent_under_the_name_that_tables_use() -> None:
+    further = Further("balanced_top1", "maximize")
+    info = FrontInfo(*(replaced(panel) for panel in make_front().panels), further, ("balanced_top1", "madds_m"))
+    figure = front_figure(info)
+    assert figure.layout.coloraxis.colorbar.title.text == "balanced top-1 (%)"
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == pytest.approx((62.5, 62.5))
+    texts = [text for t in figure.data for text in (t.text or ())]
+    assert any("balanced top-1 62.5 %" in text.replace("\N{NO-BREAK SPACE}", " ") for text in texts)
+    assert not any("balanced_top1" in text for text in texts)
+
+
+def replaced(panel: FrontPanel) -> FrontPanel:
+    """The panel with 0.625 as the further objective of every point."""
+    return replace(
+        panel,
+        static=tuple(replace(p, further=0.625) for p in panel.static),
+        dynamic=tuple(replace(p, further=0.625) for p in panel.dynamic),
+    )
+
+
 def test_hover_text_tells_stability_ties_and_supernet() -> None:
     info = make_front(is_verified=False)
     ties = tuple(f"trial-{k:04d}" for k in range(6))

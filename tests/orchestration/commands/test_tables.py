@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from orchestration.commands.tables import Column, lay_out, left_out, show_table, table_lines
+from orchestration.commands.terminal import FurtherColumns
 from orchestration.wrapping import wrapped
 
 TRIALS = (
@@ -131,3 +133,14 @@ def test_room_to_spare_makes_the_tallest_title_shorter() -> None:
         "a-name      1     2",
     ]
     assert table_lines(columns, rows, 21)[0] == "        one two  four"
+
+
+def test_a_further_objective_has_a_column_for_test_where_a_gate_has_a_value_there() -> None:
+    objectives = [SimpleNamespace(name=name) for name in ("top1", "balanced_top1", "madds_m", "params_m")]
+    val, test = {"balanced_top1": 0.8125, "params_m": 0.25}, {"top1": 0.5, "balanced_top1": 0.75}
+    verified = FurtherColumns.of(objectives, [{}, test])
+    titles = [title.replace("\N{NO-BREAK SPACE}", " ") for title in verified.titles]
+    assert titles == ["balanced top-1 % val", "balanced top-1 % test", "params_m val"]
+    assert verified.cells(val, test) == ("81.2", "75.0", "0.25")
+    assert verified.cells(val, {}) == ("81.2", "-", "0.25")
+    assert len(FurtherColumns.of(objectives).titles) == 2

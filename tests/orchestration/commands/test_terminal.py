@@ -15,9 +15,10 @@ from dsnet.files import atomic_write_json, read_sealed, write_sealed
 from orchestration.commands.messages import complain
 from orchestration.commands.supernet_tables import show_supernets_status
 from orchestration.commands.sweep import find_run
-from orchestration.commands.terminal import say_mlflow, say_places, show_front
+from orchestration.commands.terminal import metric_head, say_mlflow, say_places, show_front
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.report import bundle_commands
+from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import LockHolder
 from orchestration.runs.manifest import Manifest
@@ -72,6 +73,63 @@ def test_only_columns_that_are_shown_are_explained(
     for explained in ("speed-up", "on front"):
         assert (f"\n{explained}: " in told) == (explained not in left_out)
     assert "an estimate and not a bound" in told
+
+
+def with_balanced_top1(finished: Finished) -> RunResults:
+    """The run as if balanced top-1 were its first objective, with the same front."""
+    results, before = RunResults(finished.run), finished.results
+    metrics = before.config.metrics
+    first = metrics[0].model_copy(update={"name": "balanced_top1"})
+    results.__dict__ |= {
+        "config": before.config.model_copy(update={"metrics": (first, *metrics[1:])}),
+        "front": before.front,
+        "verified": before.verified,
+    }
+    return results
+
+
+def test_the_front_has_balanced_top1_in_percent_on_both_splits_also_of_the_widest_static(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.commands.tables.terminal_width", lambda: None)
+    results = with_balanced_top1(finished)
+    verified = results.verified
+    assert verified is not None
+    show_front(results, (), as_json=False)
+    told = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
+    assert "balanced_top1" not in told.split("warning")[0]
+    title, *rows = told.splitlines()[1 : 2 + len(verified.test.points) + 1]
+    assert "MAdds M test  balanced top-1 % val  balanced top-1 % test" in title
+    assert "\nbalanced top-1: mean over the classes" in told
+    static = verified.test.static_metrics(results.widest.name)["balanced_top1"]
+    pairs = [(results.baseline["balanced_top1"], static)]
+    pairs += [
+        (results.record(slot).metrics["balanced_top1"], point.metrics["balanced_top1"])
+        for slot in sorted(results.front, key=lambda slot: results.record(slot).metrics["madds_m"])
+        for point in verified.test.points
+        if point.slot == slot
+    ]
+    ends = [title.index(f"balanced top-1 % {split}") + len(f"balanced top-1 % {split}") for split in ("val", "test")]
+    for row, values in zip(rows, pairs, strict=True):
+        assert [row[:end].split()[-1] for end in ends] == [f"{100 * value:.1f}" for value in values]
+    old = {"verified": replace(verified, test=replace(verified.test, static_added=()))}  # of an earlier release
+    results.__dict__ |= old
+    show_front(results, (), as_json=False)
+    row = capsys.readouterr().out.splitlines()[2]
+    assert [row[:end].split()[-1] for end in ends] == [f"{100 * pairs[0][0]:.1f}", "-"]
+
+
+def test_a_front_that_is_not_verified_names_balanced_top1_as_trials_does(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.commands.tables.terminal_width", lambda: None)
+    results = with_balanced_top1(finished)
+    results.__dict__["verified"] = None
+    show_front(results, (), as_json=False)
+    title = capsys.readouterr().out.splitlines()[1]
+    head = metric_head("balanced_top1").replace("\N{NO-BREAK SPACE}", " ")
+    assert title.endswith(head)
+    assert head == "balanced top-1 % val"
 
 
 @pytest.mark.parametrize(

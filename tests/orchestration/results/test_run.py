@@ -70,6 +70,50 @@ def test_measured_subnets_agree_with_the_table_and_the_analytic_cost(finished: F
     assert results.num_val == table.num_images
 
 
+def balanced(table: RoutingTable) -> dict[str, float]:
+    """By route, the mean over classes of the share of the class's images that are right."""
+    labels = np.asarray(table.labels)
+    right = np.array([np.asarray(table.correct1)[labels == label].mean(0) for label in np.unique(labels)])
+    return dict(zip(table.routes, right.mean(0).tolist(), strict=True))
+
+
+def test_static_subnetworks_have_balanced_top1_on_both_splits(finished: Finished) -> None:
+    results = finished.results
+    tables = {
+        "val": results.val_table,
+        "test": RoutingTable.load(results.run.sealed_table(results.done_key("table"))),
+    }
+    expected = {split: balanced(table) for split, table in tables.items()}
+    found = {
+        split: {
+            row["name"]: row["metric.balanced_top1"]
+            for row in results.points()
+            if (row["kind"], row["split"]) == ("subnet", split)
+        }
+        for split in tables
+    }
+    assert found == {split: pytest.approx(values) for split, values in expected.items()}
+    for subnet in results.subnets:
+        metrics = results.static_metrics(subnet)
+        if subnet.is_teacher:
+            assert "balanced_top1" not in metrics
+        else:
+            assert metrics["balanced_top1"] == pytest.approx(expected["val"][subnet.name])
+
+
+def test_a_run_that_was_verified_by_an_earlier_release_has_no_balanced_top1_of_static_ones_on_test(
+    finished: Finished,
+) -> None:
+    results = RunResults(finished.run)
+    verified = results.verified
+    assert verified is not None
+    old = {split: replace(getattr(verified, split), static_added=()) for split in ("val", "test")}
+    results.__dict__["verified"] = replace(verified, **old)
+    static = [row for row in results.points() if row["kind"] == "subnet"]
+    assert {row["split"] for row in static if "metric.balanced_top1" in row} == {"val"}
+    assert {row["split"] for row in static} == {"val", "test"}
+
+
 def test_every_trials_gate_is_stored_and_decides_as_its_metrics_say(finished: Finished) -> None:
     results = finished.results
     table = RoutingTable.load(results.run.table(results.done_key("table"), "val"))

@@ -627,6 +627,7 @@ def record(slot: int, **changes: Any) -> TrialRecord:
 
 def test_a_stopped_supernet_is_a_pruned_trial_with_its_reports_and_a_failed_one_a_failed_trial(tmp_path: Path) -> None:
     config, run = drawn_config(tmp_path), RunDir(tmp_path / "runs", "nets")
+    run.create()
     entries = [
         MemberEntry("s0-aaaaaaaa", "a" * 64, {"supernet.options.width": 1.0}, "trained", epochs=3),
         MemberEntry(
@@ -675,6 +676,7 @@ def test_a_stopped_supernet_is_a_pruned_trial_with_its_reports_and_a_failed_one_
 
 def test_a_torn_merged_study_is_mended_and_one_of_other_members_is_made_anew(tmp_path: Path) -> None:
     config, run = drawn_config(tmp_path), RunDir(tmp_path / "runs", "nets")
+    run.create()
     first = MemberEntry("s0-aaaaaaaa", "a" * 64, {"supernet.options.width": 1.0}, "trained")
     study = SupernetStudy.open(run, config, [first])
     for slot in range(3):

@@ -16,6 +16,7 @@ from orchestration.runs.folder import mlflow_store_uri
 from orchestration.runs.manifest import Manifest
 from orchestration.tracking.protocol import NullTracker, TrackedBundle, TrackedData, TrackedRun
 from orchestration.tracking.rows import (
+    Standing,
     replay,
     subnet_rows,
     supernet_row,
@@ -195,6 +196,23 @@ def test_rows_carry_the_times_of_the_run_folder_and_not_of_the_writing(finished:
     verify = manifest["stages"]["verify"]
     assert sweep_end_ms(manifest) == unix_ms(verify["started_at"]) + round(1000 * verify["seconds"])
     assert sweep_end_ms({**manifest, "stages": {}}) == unix_ms(manifest["created_at"])
+
+
+def test_rows_of_static_subnetworks_and_gates_have_balanced_top1_on_both_splits(finished: Finished) -> None:
+    results = finished.results
+    verified = results.verified
+    assert verified is not None
+    rows = {row.params["subnet"]: row.metrics for row in subnet_rows(results.manifest, results.run, results)}
+    for subnet in results.subnets:
+        names = {name for name in rows[subnet.name] if name.endswith("balanced_top1")}
+        assert names == (set() if subnet.is_teacher else {"balanced_top1", "test/balanced_top1"})
+    for name in verified.test.routes:
+        assert rows[name]["test/balanced_top1"] == verified.test.static_metrics(name)["balanced_top1"]
+    point = verified.test.points[0]
+    row = trial_row(
+        results.manifest, results.run, results.record(point.slot), point.router, standing=Standing.of(results)
+    )
+    assert row.metrics["test/balanced_top1"] == point.metrics["balanced_top1"]
 
 
 def test_an_unfinished_supernet_has_no_end(finished: Finished) -> None:

@@ -132,6 +132,23 @@ def test_the_split_as_a_whole_is_what_one_computes_by_hand() -> None:
 
 
 @pytest.mark.slow
+def test_static_subnetworks_have_the_mean_over_classes_of_their_accuracy() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 2])  # uneven, so that the mean over classes is not top-1
+    table = table_of(labels=labels)
+    found = analyse_split(forecast_of_table(), table, table, {}, {}, num_classes=3, bootstrap=Bootstrap(50))
+    for route, name in enumerate(found.routes):
+        by_class = [CORRECT[labels == label, route].mean() for label in (0, 1, 2)]
+        metrics = found.static_metrics(name)
+        assert metrics["balanced_top1"] == pytest.approx(np.mean(by_class))
+        assert metrics["top1"] == pytest.approx(CORRECT[:, route].mean()) != metrics["balanced_top1"]
+        assert metrics["madds_m"] == metrics["p95_madds_m"] == MADDS[route] / 1e6
+    stored = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert SplitAnalysis.from_json(stored) == found
+    del stored["static_added"]  # as earlier releases wrote it
+    old = SplitAnalysis.from_json(stored)
+    assert {"top1", "top5", "madds_m", "p95_madds_m"} == old.static_metrics(found.routes[0]).keys()
+
+
 def test_the_cascade_beside_a_point_spends_no_more_than_the_point() -> None:
     found = analysis_of({5: gate(0, 2)})
     (point,) = found.points

@@ -21,7 +21,8 @@ def make_rows():
         np.array([5_000_000, 20_000_000]),
         top5=[0.95, 0.99],
         params=[1e6, 2e6],
-        latencies={
+        metrics={
+            "balanced_top1": [0.75, float("nan")],
             "latency_ms": [1.5, float("nan")],
             "latency_ms.server": [0.4, 0.9],
             "latency_ms_batch64": [30.0, float("nan")],
@@ -56,6 +57,8 @@ def test_builders_convert_units_and_leave_none_where_nothing_is_known():
     assert (rows[1]["latency_ms.server"], rows[2]["latency_ms.server"]) == (0.9, 0.5)
     assert rows[2]["latency_ms_batch64"] == 30.0
     assert "latency_ms.server" not in rows[3]
+    assert rows[0]["metric.balanced_top1"] == 0.75
+    assert "metric.balanced_top1" not in rows[1], "NaN: the value is not known"
     assert "latency_ms_batch64" not in rows[1]
     assert [row["is_feasible"] for row in rows] == [None, None, True, False, None, None]
     assert [row["supernet"] for row in rows] == [None, None, "lr-0.1", None, None, None]
@@ -98,7 +101,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_frame_has_the_columns_in_order_and_keeps_whole_numbers_beside_missing_ones():
     frame = points_frame(make_rows())
     params = ["param.gate.routing.first", "param.gate.sgs.strategy", "param.gate.target"]
-    assert list(frame.columns) == [*POINT_COLUMNS, "latency_ms.server", "latency_ms_batch64", *params]
+    assert list(frame.columns) == [
+        *POINT_COLUMNS,
+        "latency_ms.server",
+        "latency_ms_batch64",
+        "metric.balanced_top1",
+        *params,
+    ]
     assert frame["slot"].dtype == pd.Int64Dtype()
     assert frame.loc[2, "slot"] == 3
     assert frame.loc[2, "param.gate.routing.first"] == 1
