@@ -19,6 +19,7 @@ from dsnet.errors import ClusterLostError, DsnetError, StoppedError, StorageErro
 from dsnet.image_size import ImageSize, normal_size
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.storage_faults import disk_error, storage_error
+from orchestration.lasting_stderr import lasting_stderr
 from orchestration.serving.settings import ServeSettings
 from orchestration.supervisor import tell_command
 
@@ -255,7 +256,7 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
         with stop_on_signals(run.stop_requested, ending.hear) as ending.request:
             yield ending.request
 
-    with ended_in_time(lambda: ending.request, ending.tell_lost):
+    with lasting_stderr(sys.stderr), ended_in_time(lambda: ending.request, ending.tell_lost):
         try:
             result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
         except (StoppedError, KeyboardInterrupt) as error:

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dsnet.errors import CheckpointError
 from dsnet.files import read_sealed, write_sealed
 from dsnet.wording import duration, plural
+from orchestration.console import Console
 from orchestration.wrapping import wrapped
 
 WRITE_EVERY_S = 1.0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from orchestration.console import Console
 from orchestration.wrapping import wrapped
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import count
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.text import Text
 
+from orchestration.console import Console
 from orchestration.wrapping import wrapped
 
 GAP = "  "

@@ -12,8 +12,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from dsnet.data.registry import find_data_set
 from dsnet.data.settings import FEW_IMAGES
 from dsnet.import_path import ALLOW_IMPORTS
@@ -25,6 +23,7 @@ from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
 from orchestration.config.command_lines import command_line, has_own_network, launch_command
 from orchestration.config.store_uri import database_of, is_server, shown_uri
+from orchestration.console import Console
 from orchestration.progress import json_state, read_task_state
 from orchestration.results.mlflow_store import store_uri
 from orchestration.runs.folder import RunDir
