@@ -519,6 +519,7 @@ class _SupernetsLaunch:
                         stalls=StallRules(tell=lambda text: self.progress.warn(f"supernets: the worker of {text}")),
                     ),
                 )
+        self._complete_reports()
         for fate in fates:  # also those that an earlier launch has recorded
             training.on_fate(fate)
         for entry in self.records.entries:  # in the order of drawing, not the order in which they ended
@@ -533,14 +534,18 @@ class _SupernetsLaunch:
         if self.copies is not None:
             self.copies.keep(folder)
 
+    def _complete_reports(self) -> None:
+        """Copy the ledger of earlier launches, where they knew of no `storage.artifacts`."""
+        folder = ledger_folder(self.run.tune_dir, tune_rules(self.config))
+        if self.copies is not None and folder.is_dir() and not self.copies.has(folder):
+            self.copies.keep(folder)
+
     def _complete_copies(self, trained: Sequence[str], plans: Mapping[str, Mapping[str, StagePlan]]) -> None:
-        """Copy what earlier launches have done, where they were told of no `storage.artifacts`."""
+        """Copy the stages that earlier launches have done, where they knew of no
+        `storage.artifacts`."""
         for name in trained:
             for plan in plans[name].values():
                 self.launches[name].keep(plan)
-        ledger = ledger_folder(self.run.tune_dir, tune_rules(self.config))
-        if self.copies is not None and ledger.is_dir() and not self.copies.has(ledger):
-            self.copies.keep(ledger)
 
     def _sweep_gates(self, name: str) -> None:
         """Measure a trained supernet, build its routing tables, and search its gates."""

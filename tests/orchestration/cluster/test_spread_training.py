@@ -24,6 +24,7 @@ GROUP, MEMBER = "RayTrainWorker", "ImplicitFunc"
 CLIENT_PORT = 10001
 """Port at which a head waits for clients, by Ray's default."""
 LIMIT_S = 500.0
+BY_TWO = ("--set", "supernet.workers=2", "--set", "supernet.threads=1")
 TWO_WORKERS = (
     TINY.replace("ray: {trial_actors: 1}\n", "")
     .replace("budget: {trials: 12}", "budget: {trials: 8}")
@@ -96,6 +97,16 @@ def answer_of(command: Command) -> Answer:
     return answer
 
 
+def launched_alone(folder: Path, text: str, *further: str) -> tuple[Path, Path]:
+    """Folders of a sweep that was launched on this machine alone, and of one that was not launched
+    yet."""
+    alone, joined = folder / "alone", folder / "joined"
+    for each in (alone, joined):
+        write_sweep(each, text)
+    answer_of(launch(alone, *further, "--set", "ray.num_cpus=2"))
+    return alone, joined
+
+
 def launched_on(head: Machine, nodes: Sequence[Machine], title: str, folder: Path, *further: str) -> None:
     """Launch on the head's machine until the end; processes of this title must run on every node at
     the same time."""
@@ -121,13 +132,9 @@ def weights(results: RunResults) -> str:
 @pytest.mark.timeout(1100)
 @pytest.mark.usefixtures("home")
 def test_two_workers_of_a_training_on_two_nodes_give_the_weights_of_one_node(tmp_path: Path) -> None:
-    alone, joined = tmp_path / "alone", tmp_path / "joined"
-    for folder in (alone, joined):
-        write_sweep(folder, TWO_WORKERS)
-    workers = ("--set", "supernet.workers=2", "--set", "supernet.threads=1")
-    answer_of(launch(alone, *workers, "--set", "ray.num_cpus=2"))
+    alone, joined = launched_alone(tmp_path, TWO_WORKERS, *BY_TWO)
     with two_nodes(tmp_path) as (head, nodes):
-        launched_on(head, nodes, GROUP, joined, *workers)
+        launched_on(head, nodes, GROUP, joined, *BY_TWO)
     one, other = results_in(alone), results_in(joined)
     assert weights(one) == weights(other), "a sum of two numbers has the same bits on any network"
     assert study_of(one) == study_of(other) != []
@@ -138,14 +145,10 @@ def test_two_workers_of_a_training_on_two_nodes_give_the_weights_of_one_node(tmp
 @pytest.mark.timeout(1100)
 @pytest.mark.usefixtures("home")
 def test_a_training_of_two_workers_outlives_one_of_their_nodes(tmp_path: Path) -> None:
-    alone, joined = tmp_path / "alone", tmp_path / "joined"
-    for folder in (alone, joined):
-        write_sweep(folder, TWO_WORKERS.replace("epochs: 8", "epochs: 25"))
-    workers = ("--set", "supernet.workers=2", "--set", "supernet.threads=1")
-    answer_of(launch(alone, *workers, "--set", "ray.num_cpus=2"))
+    alone, joined = launched_alone(tmp_path, TWO_WORKERS.replace("epochs: 8", "epochs: 25"), *BY_TWO)
     with two_nodes(tmp_path) as (head, nodes):
         address = ("--set", f"ray.address={head.address}:{PORT}")
-        command = launch(joined, *workers, *address, program=(*head.within(), *PROGRAM))
+        command = launch(joined, *BY_TWO, *address, program=(*head.within(), *PROGRAM))
         try:
             command.wait_for(lambda: newest_epoch(joined) >= 3)
             assert all(node.runs(GROUP) for node in nodes)
@@ -163,10 +166,7 @@ def test_a_training_of_two_workers_outlives_one_of_their_nodes(tmp_path: Path) -
 @pytest.mark.timeout(1100)
 @pytest.mark.usefixtures("home")
 def test_a_sweep_of_supernets_trains_on_two_nodes_and_gives_the_results_of_one_machine(tmp_path: Path) -> None:
-    alone, joined = tmp_path / "alone", tmp_path / "joined"
-    for folder in (alone, joined):
-        write_sweep(folder, SUPERNETS)
-    answer_of(launch(alone, "--set", "ray.num_cpus=2"))
+    alone, joined = launched_alone(tmp_path, SUPERNETS)
     with two_nodes(tmp_path) as (head, nodes):
         launched_on(head, nodes, MEMBER, joined)
     one, other = (SupernetSweepResults(RunDir(folder / "runs", "nets")) for folder in (alone, joined))
