@@ -293,10 +293,11 @@ def _madds_cell(row: Row, headline: Headline) -> str:
     beside = [_share_of(row, headline.baseline)]
     reported = dict(row.further_reported)
     for name, number in row.further:
-        text = f"{metric_noun(name)} {metric_value(name, number, significant)} on {headline.chosen_split}"
+        chosen = metric_value(name, number, significant)
+        text = f"{chosen} on {headline.chosen_split}"
         if name in reported:
-            text += f", {metric_value(name, reported[name], significant)} on {headline.reported_split}"
-        beside.append(text)
+            text = f"{chosen} → {metric_value(name, reported[name], significant)}"
+        beside += [metric_noun(name), text]  # in two lines: the table must not become wider than the page
     return _number(value, *beside)
 
 
