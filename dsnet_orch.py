@@ -18,7 +18,7 @@ def main() -> None:
         import orchestration  # noqa: F401 - makes all further imports find our packages
     finally:
         sys.path.remove(root)
-    from orchestration.supervisor import supervise, tell_exit
+    from orchestration.runs.supervisor import supervise, tell_exit
 
     if sys.argv[1:2] and sys.argv[1] in LONG:
         supervise(_complain)

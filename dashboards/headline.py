@@ -109,7 +109,7 @@ class Row:
     """Objectives beside top-1 and MAdds: (metric, value on the split on which the front was
     chosen)."""
     further_reported: tuple[tuple[str, float], ...] = ()
-    """Those of them whose value on the sealed split is known: (metric, value)."""
+    """The objectives of `further` with a known value on the sealed split: (metric, value)."""
     supernet: str | None = None
     """Its supernet, in a sweep of several supernets."""
 

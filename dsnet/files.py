@@ -379,9 +379,8 @@ def remove_drafts(folder: Path, min_age_s: float = 0.0, *, is_deep: bool = True)
     return removed
 
 
-_DRAFT = re.compile(
-    r"\.(?:.+\.(?=\d+(?:-[0-9a-f]{8}\.tmp(?:-journal|-wal|-shm)?|\.partial)$)|driver\.lock\.(?=\d+$))(?P<pid>\d+)(?:-[0-9a-f]{8}\.tmp(?:-journal|-wal|-shm)?|\.partial)?"
-)
+_DRAFT_END = r"(?:-[0-9a-f]{8}\.tmp(?:-journal|-wal|-shm)?|\.partial)"
+_DRAFT = re.compile(rf"\.(?:.+\.(?=\d+{_DRAFT_END}$)|driver\.lock\.(?=\d+$))(?P<pid>\d+){_DRAFT_END}?")
 _DRAFT_FOLDER = re.compile(r"\..+\.(?P<pid>\d+)\.tmp")
 """Names of unfinished files, of SQLite's files beside them, and of unfinished folders, with the id
 of the process that writes them."""

@@ -19,9 +19,9 @@ from dsnet.errors import ClusterLostError, DsnetError, StoppedError, StorageErro
 from dsnet.image_size import ImageSize, normal_size
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.storage_faults import disk_error, storage_error
-from orchestration.lasting_stderr import lasting_stderr
+from orchestration.output.lasting_stderr import lasting_stderr
+from orchestration.runs.supervisor import tell_command
 from orchestration.serving.settings import ServeSettings
-from orchestration.supervisor import tell_command
 
 if TYPE_CHECKING:
     from dsnet.stop_signals import StopRequest

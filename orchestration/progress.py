@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from dsnet.errors import CheckpointError
 from dsnet.files import read_sealed, write_sealed
 from dsnet.wording import duration, plural
-from orchestration.console import Console
+from orchestration.output.console import Console
 from orchestration.wrapping import wrapped
 
 WRITE_EVERY_S = 1.0

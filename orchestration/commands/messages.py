@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestration.console import Console
+from orchestration.output.console import Console
 from orchestration.wrapping import wrapped
 
 

@@ -15,7 +15,7 @@ from itertools import count
 from rich.cells import cell_len
 from rich.text import Text
 
-from orchestration.console import Console
+from orchestration.output.console import Console
 from orchestration.wrapping import wrapped
 
 GAP = "  "

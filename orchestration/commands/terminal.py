@@ -23,7 +23,7 @@ from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
 from orchestration.config.command_lines import command_line, has_own_network, launch_command
 from orchestration.config.store_uri import database_of, is_server, shown_uri
-from orchestration.console import Console
+from orchestration.output.console import Console
 from orchestration.progress import json_state, read_task_state
 from orchestration.results.mlflow_store import store_uri
 from orchestration.runs.folder import RunDir
@@ -269,7 +269,7 @@ class FurtherColumns:
 
     metrics: tuple[str, ...]
     on_test: frozenset[str]
-    """Those that also have a column for `test`."""
+    """The metrics that also have a column for `test`."""
 
     @classmethod
     def of(cls, objectives: Iterable[Any], tested: Iterable[Mapping[str, float]] = ()) -> FurtherColumns:

@@ -77,8 +77,8 @@ def shown_uri(uri: str) -> str:
 
 
 def _user_part(uri: str) -> tuple[int, int]:
-    """Where user and password begin and end; (0, 0) if there are none. A password may hold `@` and
-    `/`, although they should be written %40 and %2F."""
+    """Start and end of user and password in the URI; (0, 0) if there are none. A password may hold
+    `@` and `/`, although they should be written %40 and %2F."""
     start = uri.find(_SEPARATOR)
     start = 0 if start < 0 else start + len(_SEPARATOR)
     end = uri.rfind("@")

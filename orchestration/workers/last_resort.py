@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from dsnet.stop_signals import StopRequest
-from orchestration.supervisor import tell_exit
+from orchestration.runs.supervisor import tell_exit
 from orchestration.workers.cluster_watch import ClusterWatch, current_watch
 from orchestration.workers.runtime import is_left_open
 

@@ -22,7 +22,7 @@ from tests.orchestration.samples import write_sweep
 
 HEAD = """
 import ctypes, os, signal, sys, time
-from orchestration.supervisor import supervise, tell_command, tell_exit
+from orchestration.runs.supervisor import supervise, tell_command, tell_exit
 supervise(lambda text: print(text, file=sys.stderr))
 """
 COUNT = """

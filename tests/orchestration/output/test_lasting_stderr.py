@@ -8,8 +8,8 @@ import sys
 import click
 import pytest
 
-from orchestration.console import Console
-from orchestration.lasting_stderr import lasting_stderr
+from orchestration.output.console import Console
+from orchestration.output.lasting_stderr import lasting_stderr
 
 
 def test_messages_go_on_when_their_reader_has_ended() -> None:

@@ -93,7 +93,7 @@ def _has_child_got(info: signal.struct_siginfo) -> bool:
 
 
 def _read(pipe: int) -> dict[str, str]:
-    """What the child has told, by kind; of each kind the last one."""
+    """The child's messages from the pipe: `command` and `exit`, each with its last text."""
     os.set_blocking(pipe, False)
     told = b""
     with suppress(BlockingIOError):
